@@ -1,0 +1,26 @@
+# Every target works from a fresh clone: it sets up what it needs first and does nothing twice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard kernels/ril_kernels/*.cpp kernels/ril_kernels/*.h kernels/ril_kernels/*/cpu.cpp)
+
+.PHONY: setup test lint
+setup: $(STAMP)
+
+$(VENV)/.locked: requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned packages into $(VENV): several GB, a few minutes."
+	$(BIN)/pip install -r requirements.lock
+	touch $@
+
+$(STAMP): $(VENV)/.locked $(NATIVE)
+	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	touch $@
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check kernels ril_engine tests

@@ -1,0 +1,17 @@
+"""RIL's operations: losses and heads on flat packed tokens, for this engine or for another trainer.
+
+A function's room (the folder of its name) holds every form of it side by side; reference.py defines it.
+"""
+
+from ril_kernels.discriminator_head.op import discriminator_head, discriminator_loss, similarity_reward
+from ril_kernels.policy_loss.op import group_advantages, policy_loss
+from ril_kernels.token_logprob.op import token_logprob
+
+__all__ = [
+    "discriminator_head",
+    "discriminator_loss",
+    "group_advantages",
+    "policy_loss",
+    "similarity_reward",
+    "token_logprob",
+]

@@ -1,0 +1,74 @@
+"""The C++ library `_cpu.so`: found, checked and declared here, and nowhere else.
+
+Loaded at the first call, never at import. torch is imported before the library is, so that both use the one
+OpenMP runtime which torch has already loaded.
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch  # noqa: F401  (before the library: see above)
+
+import ril_kernels
+
+ABI_VERSION = 1  # RIL_ABI_VERSION in abi.h
+
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+
+# Every exported function and the types of its arguments; each returns int32.
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "ril_abi_version": (),
+    # rewards (N,) f32, groups (N,) i64, num_responses, kind, advantages (N,) f32 out
+    "ril_group_advantages_f32": (_POINTER, _POINTER, _INT64, _INT32, _POINTER),
+}
+
+_STATUS = {1: "bad argument", 2: "out of memory", 3: "internal error"}  # abi.h
+_REMEDY = (
+    "Build it: `pip install ril-engine`, or in a checkout `pip install --no-deps -e .` (needs a C++ compiler "
+    "with OpenMP). The PyTorch form needs no library: backend='reference'."
+)
+
+
+def find_library(package_path: Iterable[str] | None = None) -> Path:
+    """`_cpu.so` along the package's `__path__`: an editable install does not put it beside the sources."""
+    folders = [Path(folder) for folder in (ril_kernels.__path__ if package_path is None else package_path)]
+    for folder in folders:
+        if (folder / "_cpu.so").is_file():
+            return folder / "_cpu.so"
+    searched = ", ".join(map(str, folders))
+    raise RuntimeError(f"ril_kernels: the native library _cpu.so is in none of: {searched}. {_REMEDY}")
+
+
+def load_library(path: Path) -> ctypes.CDLL:
+    """Opens the library, checks its ABI version and declares every signature."""
+    try:
+        native = ctypes.CDLL(str(path))
+        native.ril_abi_version.argtypes, native.ril_abi_version.restype = (), _INT32
+        version = native.ril_abi_version()
+    except (OSError, AttributeError) as error:
+        raise RuntimeError(f"ril_kernels: {path} cannot be loaded ({error}). {_REMEDY}") from error
+    if version != ABI_VERSION:
+        raise RuntimeError(
+            f"ril_kernels: {path} has ABI version {version}, expected {ABI_VERSION}: it was built from other "
+            f"sources. {_REMEDY}"
+        )
+    for name, argtypes in SIGNATURES.items():
+        function = getattr(native, name)
+        function.argtypes, function.restype = argtypes, _INT32
+    return native
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library of this process, loaded once."""
+    return load_library(find_library())
+
+
+def call(name: str, *arguments: int) -> None:
+    """Calls an exported function; a status other than 0 becomes a RuntimeError."""
+    status = getattr(library(), name)(*arguments)
+    if status != 0:
+        meaning = _STATUS.get(status, "unknown")
+        raise RuntimeError(f"{name}: the native library returned status {status} ({meaning})")

@@ -1,0 +1,234 @@
+"""Every setting of the engine, with its default, once. Unknown keys are refused with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ril_engine.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DigitsConfig(Section):
+    """The embedded task, used when data.dir is "digits"."""
+
+    seed: int = Field(0, description="of the split by source digit, the pictures and the tiny models' weights")
+    train_questions: Count = Field(3600, description="questions of the RIL loop")
+    validation_questions: Count = Field(900, description="questions that settings may be chosen on")
+    test_questions: Count = Field(2250, description="held-out questions, reported only")
+    validation_digits: Count = Field(200, description="source digits only seen in validation pictures")
+    test_digits: Count = Field(400, description="source digits only seen in test pictures")
+    sft_questions: Count = Field(12000, description="rows of instruction data")
+    sft_perception_share: Share = Field(0.3, description="of the SFT rows that only ask for one digit")
+    sft_reasoned_share: Share = Field(
+        0.2, description="of the student's SFT rows on easy question kinds that are answered with a rationale"
+    )
+
+
+class DataConfig(Section):
+    dir: str = Field(
+        "digits",
+        description='"digits", or a folder with train.jsonl, validation.jsonl, test.jsonl and, where sft.steps > 0, '
+        "sft.jsonl; a line holds id, question, answer, and optionally image (a path inside the folder) and kind; "
+        "sft.jsonl also response",
+    )
+    digits: DigitsConfig = DigitsConfig()
+    max_image_pixels: Count = Field(4096 * 4096, description="larger images are refused")
+
+
+class ModelConfig(Section):
+    path: str = Field(
+        "tiny:student",
+        description="a Hugging Face checkpoint (folder or hub name) of an image-text-to-text model; "
+        '"tiny:NAME" is a model built here for the digits task',
+    )
+    trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+
+
+class TeacherConfig(ModelConfig):
+    name: str = Field(description="as it appears in responses and metrics", pattern=r"^[A-Za-z0-9_.-]+$")
+
+
+class TrainingConfig(Section):
+    """One supervised training: SFT of the student, of a tiny teacher, or D pre-training."""
+
+    steps: int = Field(700, ge=0, description="optimiser steps; 0 skips the stage")
+    batch_size: Count = Field(48, description="examples per step over all ranks")
+    micro_batch_size: Count = Field(48, description="examples per forward and rank")
+    learning_rate: Positive = Field(1e-5)
+    final_learning_rate: float = Field(1e-6, ge=0, description="reached linearly at the last step")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: Positive = Field(1.0)
+
+
+class SamplingConfig(Section):
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    top_k: int = Field(50, ge=0, description="0 keeps every token")
+    repetition_penalty: Positive = 1.05
+    max_new_tokens: Count = Field(512, description="L, the token limit of a response")
+    batch_size: Count = Field(128, description="responses decoded together on a rank")
+
+
+class ResponsesConfig(Section):
+    per_question: Count = Field(16, description="N responses per question from the student and from each teacher")
+    questions: int = Field(0, ge=0, description="how many training questions get saved responses; 0: all of them")
+
+
+class DiscriminatorConfig(Section):
+    pretrain: TrainingConfig = TrainingConfig(steps=200)
+    validation_share: Share = Field(0.1, description="of the questions held out to measure D's accuracy")
+    learning_rate: Positive = Field(1e-6, description="in the RIL loop")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: Positive = Field(1.0)
+    instruction: str = Field(
+        "Tell who wrote the response: 0 for the teacher, 1 for the student.", description="D's system turn"
+    )
+
+
+class RLConfig(Section):
+    algorithm: Literal["ril", "dr_grpo", "grpo"] = Field(
+        "ril",
+        description="ril: with teachers and D; dr_grpo and grpo: the student's own responses, answer reward only",
+    )
+    steps: Count = Field(400)
+    questions_per_step: Count = Field(16, description="Q, over all ranks")
+    group_size: Count = Field(4, description="G responses of the student per question; ril adds G of the teachers")
+    updates_per_step: Count = Field(1, description="mu, of student and D, on the same responses")
+    clip_low: Share = 0.2
+    clip_high: Positive = 0.2
+    beta: float = Field(0.01, ge=0, description="weight of KL(policy || reference)")
+    kl_on: Literal["student", "all"] = Field("student", description="whose tokens carry the KL term")
+    policy_denominator: Positive | None = Field(
+        None, description="of the policy term; default responses x Q x L (grpo: responses x Q)"
+    )
+    kl_denominator: Positive | None = Field(None, description="of the KL term; default as the policy's, its own tokens")
+    mask_truncated: bool = Field(False, description="drop responses without EOS at the token limit from the loss")
+    learning_rate: Positive = 1e-6
+    final_learning_rate: float | None = Field(None, ge=0, description="reached linearly; default: constant")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: Positive = 1.0
+    micro_batch_size: Count = Field(64, description="responses per forward and rank")
+    train_vision_tower: bool = False
+    save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: none")
+    samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2] = 0
+    bf16: bool = False
+
+
+class EvaluationConfig(Section):
+    questions: int = Field(0, ge=0, description="how many test questions; 0: all")
+    batch_size: Count = 250
+
+
+class Config(Section):
+    """The whole job. `configs/digits.yaml` is the embedded default."""
+
+    seed: int = Field(0, ge=0)
+    work_dir: Path = Field(Path("runs"), description="holds stages/ (reused) and one folder per run")
+    data: DataConfig = DataConfig()
+    student: ModelConfig = ModelConfig()
+    teachers: list[TeacherConfig] = Field(default_factory=list)
+    sft: TrainingConfig = TrainingConfig()
+    teacher_sft: TrainingConfig = Field(TrainingConfig(), description='training of "tiny:" teachers')
+    responses: ResponsesConfig = ResponsesConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    rl: RLConfig = RLConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.rl.algorithm == "ril" and not self.teachers:
+            raise ValueError("teachers is empty, but rl.algorithm is ril: name a teacher or set rl.algorithm: dr_grpo")
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: names must differ, got {names}")
+        if self.rl.algorithm == "ril" and self.responses.per_question * len(names) < self.rl.group_size:
+            raise ValueError(
+                f"responses.per_question is {self.responses.per_question} for each of {len(names)} teachers, fewer "
+                f"than rl.group_size {self.rl.group_size}: raise responses.per_question"
+            )
+        if self.rl.group_size < 2 and self.rl.algorithm != "ril":
+            raise ValueError(f"rl.group_size is 1: {self.rl.algorithm} needs at least 2 responses per question")
+        return self
+
+
+def _valid_keys(path: tuple) -> list[str]:
+    model = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        annotation = model.model_fields[part].annotation
+        model = getattr(annotation, "__args__", [annotation])[0]
+    return list(model.model_fields)
+
+
+def _explain(error: dict) -> str:
+    where = ".".join(str(part) for part in error["loc"]) or "config"
+    if error["type"] == "extra_forbidden":
+        keys = _valid_keys(error["loc"][:-1])
+        near = difflib.get_close_matches(str(error["loc"][-1]), keys, n=1, cutoff=0)
+        return f"unknown key {where}: did you mean {near[0]!r}? (valid: {', '.join(keys)})"
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] in ("value_error", "missing") else f", got {error['input']!r}"
+    return f"{where}: {message}{got}"
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file and `section.key=value` overrides into a validated Config.
+
+    Raises:
+        UserError: one line, for a missing file, malformed YAML, an unknown key or a bad value.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"config {path}: {error.strerror}; give an existing YAML file, such as configs/digits.yaml"
+        ) from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"config {path}: malformed YAML{line}: {getattr(error, 'problem', error)}") from error
+    tree = {} if tree is None else tree
+    if not isinstance(tree, dict):
+        raise UserError(f"config {path}: expected a mapping of settings, got {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"config {path}: {'; '.join(_explain(e) for e in error.errors())}") from error
+
+
+def _apply(tree: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"--set {override}: expected section.key=value")
+    *sections, last = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {override}: {section} is not a section")
+    tree[last] = yaml.safe_load(value)

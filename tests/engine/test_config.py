@@ -1,0 +1,62 @@
+"""Config files: one clear line for each kind of bad input."""
+
+import pytest
+
+from ril_engine.config import load_config
+from ril_engine.errors import UserError
+
+GOOD = "teachers: [{name: a, path: 'tiny:qwen_teacher'}]\n"
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_are_the_papers(write):
+    config = load_config(write(GOOD), ["rl.beta=0.05", "seed=3"])
+    assert (config.rl.beta, config.seed, config.rl.group_size, config.rl.clip_low) == (0.05, 3, 4, 0.2)
+    sampling = config.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty) == (
+        1,
+        0.95,
+        50,
+        1.05,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "rl: {steps: 5, betta: 1}", r"unknown key rl.betta: did you mean 'beta'\?"),
+        (GOOD + "sed: 1", r"unknown key sed: did you mean 'seed'\?"),
+        (GOOD + "data: {digits: {sede: 1}}", r"unknown key data.digits.sede: did you mean 'seed'\?"),
+        ("teachers: [{name: a, pth: b}]", r"unknown key teachers.0.pth: did you mean 'path'\?"),
+        (GOOD + "rl: {steps: -5}", r"rl.steps: Input should be greater than or equal to 1, got -5"),
+        ("rl: {algorithm: ril}", "teachers is empty, but rl.algorithm is ril"),
+        (GOOD + "rl: [", r"malformed YAML at line \d+, column \d+"),
+        ("- 1", "expected a mapping of settings, got list"),
+        ("teachers: [{name: a}, {name: a}]", r"names must differ, got \['a', 'a'\]"),
+        (
+            GOOD + "responses: {per_question: 2}",
+            "responses.per_question is 2 .* raise responses.per_question",
+        ),
+        ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
+    ],
+)
+def test_bad_config_is_one_line(write, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(write(text))
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_bad_override(write, tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: No such file or directory; give an existing YAML file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"--set seed: expected section\.key=value"):
+        load_config(write(GOOD), ["seed"])
