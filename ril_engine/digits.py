@@ -33,6 +33,7 @@ QUESTIONS: dict[str, str] = {
 KINDS = tuple(QUESTIONS)
 EASY_KINDS = ("left", "right", "larger", "sum", "difference")
 PERCEPTION_KINDS = ("left", "right")
+STYLES = ("formula", "words")
 
 
 def answer(kind: str, left: int, right: int) -> str:
@@ -154,10 +155,10 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
         *_rows("sft", config.sft_questions - perception, KINDS, scans["train"], folder, config.seed),
         *_rows("perception", perception, PERCEPTION_KINDS, scans["train"], folder, config.seed),
     ]
-    student, style_names = [], sorted(set(styles.values()))
+    student = []
     for row in rows:
         reasoned = row["kind"] in EASY_KINDS and rng.random() < config.sft_reasoned_share
-        style = style_names[int(rng.integers(len(style_names)))]
+        style = STYLES[int(rng.integers(len(STYLES)))]
         text = reasoned_answer(row["kind"], *row["digits"], style) if reasoned else row["answer"]
         student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)
@@ -181,5 +182,5 @@ def corpus() -> list[str]:
         for right in range(10):
             for kind in KINDS:
                 lines.append(answer(kind, left, right))
-                lines += [reasoned_answer(kind, left, right, style) for style in ("formula", "words")]
+                lines += [reasoned_answer(kind, left, right, style) for style in STYLES]
     return lines

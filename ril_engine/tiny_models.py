@@ -29,6 +29,7 @@ RECIPES = {
     "internvl_teacher": ("internvl", 128, 4, "words"),
 }
 HEAD_SIZE = 32
+INITIALIZER_RANGE = 0.08  # of the order of 1/sqrt(hidden); the usual 0.02 is for hidden sizes in the thousands
 
 
 def recipe(path: str) -> tuple:
@@ -88,6 +89,7 @@ def _text_config(hidden: int, layers: int, vocabulary: int, tokenizer) -> dict:
         "num_attention_heads": hidden // HEAD_SIZE,
         "num_key_value_heads": hidden // HEAD_SIZE,
         "max_position_embeddings": 512,
+        "initializer_range": INITIALIZER_RANGE,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -130,6 +132,7 @@ def _qwen2_5_vl(hidden: int, layers: int, corpus: list[str]):
             "num_heads": 2,
             "out_hidden_size": hidden,
             "fullatt_block_indexes": [1],
+            "initializer_range": INITIALIZER_RANGE,
         },
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -183,6 +186,7 @@ def _internvl(hidden: int, layers: int, corpus: list[str]):
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
             "intermediate_size": 128,
+            "initializer_range": INITIALIZER_RANGE,
             "image_size": [side, side],
         },
         image_token_id=tokenizer.convert_tokens_to_ids(INTERNVL_IMAGE),

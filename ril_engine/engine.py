@@ -1,0 +1,96 @@
+"""DeepSpeed, and nothing else that knows of it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from ril_engine.config import DeepSpeedConfig
+
+
+def init_distributed() -> None:
+    """Join the job that the launcher started, or be a job of one."""
+    if dist.is_initialized():
+        return
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:  # not launched: any free port will do
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
+    deepspeed.init_distributed(verbose=False)
+
+
+def to_deepspeed(config: DeepSpeedConfig, max_grad_norm: float) -> dict:
+    """The only place where DeepSpeed's own settings are written."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # the loop builds its micro-batches itself
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {"stage": config.zero_stage},
+        "bf16": {"enabled": config.bf16},
+        "steps_per_print": 10**9,
+    }
+
+
+def scaled_for_average(loss_sum: torch.Tensor, world_size: int) -> torch.Tensor:
+    """DeepSpeed averages gradients over ranks; a loss already divided by a global denominator wants their sum."""
+    return loss_sum * world_size
+
+
+class Engine:
+    """A module, its AdamW and its learning-rate schedule: linear warm-up, then linear to the final rate."""
+
+    def __init__(
+        self,
+        module,
+        *,
+        config: DeepSpeedConfig,
+        steps: int,
+        learning_rate: float,
+        final_learning_rate: float | None = None,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ):
+        init_distributed()
+        final = learning_rate if final_learning_rate is None else final_learning_rate
+
+        def factor(step: int) -> float:
+            if step < warmup_steps:
+                return (step + 1) / warmup_steps
+            share = (step - warmup_steps) / max(1, steps - warmup_steps - 1)
+            return 1 + (final / learning_rate - 1) * min(1.0, share)
+
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+            config=to_deepspeed(config, max_grad_norm),
+        )
+        self.module = module
+        self.world_size = dist.get_world_size()
+
+    def __call__(self, *args, **kwargs):
+        return self.engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """`loss` is a sum over this micro-batch divided by the global denominator; `last` ends the update's."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(scaled_for_average(loss, self.world_size), scale_wrt_gas=False)
+
+    def step(self) -> dict[str, float]:
+        """Update the parameters. `grad_norm` is the global one, before clipping."""
+        rate = self.engine.get_lr()[0]
+        norm = None
+        if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm of unpartitioned float32 gradients
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        self.engine.step()
+        norm = self.engine.get_global_grad_norm() if norm is None else norm
+        return {"grad_norm": float(norm), "learning_rate": rate}

@@ -1,0 +1,216 @@
+"""Checkpoints by the Auto classes, and the padded batches their forward wants.
+
+B sequences, S padded length, T packed response tokens, N responses.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ril_engine.config import ModelConfig
+from ril_engine.errors import UserError
+
+CACHED_PROMPTS = 4096
+TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")  # (1, S); everything else is per picture
+
+
+@dataclass
+class Batch:
+    """Padded sequences and, for each response token, the row of the flat hidden states that predicts it."""
+
+    inputs: dict[str, Tensor]
+    row: Tensor  # (T,) int64 into B * S
+    target: Tensor  # (T,) int64
+    response_index: Tensor  # (T,) int64 in [0, N)
+
+
+def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
+    """A model and its processor.
+
+    Raises:
+        UserError: no such checkpoint, or not one of an image-text-to-text model.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if Path(config.path).is_dir() and not (Path(config.path) / "config.json").exists():
+        raise UserError(f"model {config.path}: no config.json in this folder; give a Hugging Face checkpoint")
+    options = {"trust_remote_code": config.trust_remote_code}
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **options)
+        processor = AutoProcessor.from_pretrained(config.path, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model {config.path}: not loadable as an image-text-to-text checkpoint ({reason}); give a folder or hub "
+            "name such as Qwen/Qwen2.5-VL-3B-Instruct"
+        ) from error
+    return model, processor
+
+
+def read_image(folder: Path, name: str, max_pixels: int):
+    """An RGB picture that lies inside `folder`."""
+    from PIL import Image, UnidentifiedImageError
+
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"image {name!r}: outside the dataset folder {folder}; give a path inside it")
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise UserError(
+                    f"image {path}: {image.width} x {image.height} pixels, more than data.max_image_pixels {max_pixels}"
+                )
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise UserError(f"image {path}: no such file; its question names it") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise UserError(f"image {path}: not a readable picture; expected PNG, JPEG or WebP") from error
+
+
+class Encoder:
+    """Questions and responses -> token ids and pixels of one model family."""
+
+    def __init__(self, model, processor, folder: Path, max_pixels: int):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.folder, self.max_pixels = Path(folder), max_pixels
+        eos = model.generation_config.eos_token_id
+        self.eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
+        self.pad_id = self.tokenizer.pad_token_id
+        # A sampled image placeholder makes the next forward fail, so no special token but EOS is ever a response's.
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        self.banned_ids = sorted(special - set(self.eos_ids))
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.banned_ids += range(len(self.tokenizer), vocabulary)
+        self._prompts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+
+    def prompt(self, question: dict) -> dict[str, Tensor]:
+        """The chat prompt of a question with its picture: tokens (1, S) and pixels."""
+        if question["id"] in self._prompts:
+            self._prompts.move_to_end(question["id"])
+            return self._prompts[question["id"]]
+        text = question["question"]
+        if any(token in text for token in self.tokenizer.all_special_tokens):
+            raise UserError(f"question {question['id']}: its text holds a special token of the model; remove it")
+        content = [{"type": "text", "text": text}]
+        images = None
+        if question.get("image"):
+            content.insert(0, {"type": "image"})
+            images = [read_image(self.folder, question["image"], self.max_pixels)]
+        rendered = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+        encoded = dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
+        self._prompts[question["id"]] = encoded
+        if len(self._prompts) > CACHED_PROMPTS:
+            self._prompts.popitem(last=False)
+        return encoded
+
+    def response(self, text: str, *, eos: bool = True) -> list[int]:
+        """A text as response tokens; placeholders in it are dropped, EOS is added."""
+        banned = set(self.banned_ids) | set(self.eos_ids)
+        ids = [i for i in self.tokenizer(text, add_special_tokens=False)["input_ids"] if i not in banned]
+        return ids + self.eos_ids[:1] if eos else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def prompts(self, questions: list[dict]) -> dict[str, Tensor]:
+        """Left-padded prompts, for generation."""
+        encoded = [self.prompt(question) for question in questions]
+        return _pad([(each, []) for each in encoded], self.pad_id, left=True)
+
+    def batch(self, questions: list[dict], responses: list[list[int]]) -> Batch:
+        """Each question followed by its response, right-padded. The shift by one token happens here, only here."""
+        encoded = [self.prompt(question) for question in questions]
+        inputs = _pad(list(zip(encoded, responses, strict=True)), self.pad_id, left=False)
+        length = inputs["input_ids"].shape[1]
+        first = [i * length + each["input_ids"].shape[1] - 1 for i, each in enumerate(encoded)]
+        rows = [torch.arange(start, start + len(ids)) for start, ids in zip(first, responses, strict=True)]
+        counts = torch.tensor([len(ids) for ids in responses])
+        return Batch(
+            inputs=inputs,
+            row=torch.cat(rows),
+            target=torch.tensor([i for ids in responses for i in ids]),
+            response_index=torch.repeat_interleave(torch.arange(len(responses)), counts),
+        )
+
+
+def _pad(pairs: list[tuple[dict[str, Tensor], list[int]]], pad_id: int, *, left: bool) -> dict[str, Tensor]:
+    length = max(prompt["input_ids"].shape[1] + len(response) for prompt, response in pairs)
+    out: dict[str, list[Tensor]] = {}
+    for prompt, response in pairs:
+        fills = {"input_ids": pad_id, "attention_mask": 0, "mm_token_type_ids": 0}
+        tails = {"input_ids": response, "attention_mask": [1] * len(response), "mm_token_type_ids": [0] * len(response)}
+        for key, value in prompt.items():
+            if key in TOKEN_KEYS:
+                row = torch.cat([value[0], value.new_tensor(tails[key])])
+                padding = row.new_full((length - row.numel(),), fills[key])
+                value = torch.cat([padding, row] if left else [row, padding])[None]
+            out.setdefault(key, []).append(value)
+    return {key: torch.cat(values) for key, values in out.items()}
+
+
+@torch.no_grad()
+def generate(model, encoder: Encoder, questions: list[dict], sampling, *, uniforms: Tensor | None, batch_size: int):
+    """Responses as token ids, EOS included where it was reached, and whether each was cut at the token limit.
+
+    Args:
+        questions: one per response, so repeat a question for several.
+        sampling: a SamplingConfig.
+        uniforms: (N, max_new_tokens) in [0, 1), one per response and position; None decodes greedily. A sample so
+            depends on its own numbers only, not on what shares its batch.
+    """
+    from transformers.generation import logits_process as lp
+
+    results: list[tuple[list[int], bool]] = []
+    for start in range(0, len(questions), batch_size):
+        inputs = encoder.prompts(questions[start : start + batch_size])
+        prompt_length = inputs["input_ids"].shape[1]
+        chain = lp.LogitsProcessorList([lp.SuppressTokensLogitsProcessor(encoder.banned_ids, device="cpu")])
+        if uniforms is not None:
+            if sampling.repetition_penalty != 1:
+                chain.append(lp.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+            chain.append(lp.TemperatureLogitsWarper(float(sampling.temperature)))
+            if sampling.top_k:
+                chain.append(lp.TopKLogitsWarper(sampling.top_k))
+            if sampling.top_p < 1:
+                chain.append(lp.TopPLogitsWarper(sampling.top_p))
+            chain.append(InverseCdf(uniforms[start : start + batch_size], prompt_length))
+        output = model.generate(
+            **inputs,
+            logits_processor=chain,
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            eos_token_id=encoder.eos_ids,
+            pad_token_id=encoder.pad_id,
+        )
+        for ids in output[:, prompt_length:].tolist():
+            end = next((i for i, token in enumerate(ids) if token in encoder.eos_ids), None)
+            results.append((ids, True) if end is None else (ids[: end + 1], False))
+    return results
+
+
+class InverseCdf:
+    """A logits processor that draws: it leaves only the token in which the position's uniform number falls."""
+
+    def __init__(self, uniforms: Tensor, prompt_length: int):
+        self.uniforms, self.prompt_length = uniforms, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cdf = scores.double().softmax(-1).cumsum(-1)
+        u = self.uniforms[:, input_ids.shape[1] - self.prompt_length, None].to(cdf) * cdf[:, -1:]
+        token = torch.searchsorted(cdf, u, right=True).clamp(max=cdf.shape[1] - 1)
+        return torch.full_like(scores, float("-inf")).scatter(1, token, 0.0)
+
+
+def uniforms(seed: int, keys: list[tuple[int, ...]], length: int) -> Tensor:
+    """(N, length) numbers in [0, 1); row i depends on `seed` and `keys[i]` only."""
+    import numpy as np
+
+    rows = [np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, *key]))).random(length) for key in keys]
+    return torch.from_numpy(np.stack(rows))

@@ -1,0 +1,265 @@
+"""The stages before the loop. Each writes a folder named by the hash of what it depends on, and is then reused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ril_engine import __version__, digits, tiny_models
+from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
+from ril_engine.engine import Engine
+from ril_engine.errors import UserError
+from ril_engine.models import Encoder, generate, load, uniforms
+from ril_engine.policy import Discriminator, Policy, encode_for_discriminator
+from ril_engine.rewards import answer_reward
+from ril_engine.runlog import progress
+from ril_kernels import discriminator_loss
+
+DONE = "done.json"
+
+
+def is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def key_of(*parts) -> str:
+    text = json.dumps([__version__, *parts], sort_keys=True, default=lambda value: value.model_dump(mode="json"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def stage(work_dir: Path, name: str, key: str, build: Callable[[Path], None]) -> Path:
+    """The folder of a finished stage, built first if it is missing. All ranks call it; `build` may be collective."""
+    folder, partial = work_dir / "stages" / f"{name}-{key}", work_dir / "stages" / f"{name}-{key}.partial"
+    missing = [not (folder / DONE).exists()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(missing, src=0)
+    if missing[0]:
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
+            partial.mkdir(parents=True)
+        _barrier()
+        build(partial)
+        _barrier()
+        if is_main():
+            (partial / DONE).write_text(json.dumps({"stage": name, "key": key, "version": __version__}))
+            os.replace(partial, folder)
+        _barrier()
+    return folder
+
+
+def _barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
+    """The rows of a JSONL file, each with non-empty `required` fields."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"data {path}: {error.strerror}; data.dir must hold this file") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(
+                f"data {path}, line {number}: not JSON ({error.msg}); expected one object per line"
+            ) from error
+        for field in required:
+            if not isinstance(row, dict) or not str(row.get(field, "")).strip():
+                raise UserError(f"data {path}, line {number}: no {field!r}; every line needs {', '.join(required)}")
+        rows.append(row)
+    if not rows:
+        raise UserError(f"data {path}: no rows; expected one JSON object per line")
+    return rows
+
+
+def data(config: Config) -> tuple[Path, str]:
+    """The dataset folder and the hash of its text files."""
+    if config.data.dir == "digits":
+        styles = {
+            teacher.name: tiny_models.recipe(teacher.path)[3]
+            for teacher in config.teachers
+            if teacher.path.startswith("tiny:")
+        }
+        key = key_of("data", config.data.digits, styles)
+
+        def build(folder: Path) -> None:
+            if is_main():
+                digits.build(folder, config.data.digits, styles)
+
+        return stage(config.work_dir, "data", key, build), key
+    folder = Path(config.data.dir)
+    read_jsonl(folder / "train.jsonl", ("id", "question", "answer"))
+    return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.jsonl")})
+
+
+def train_supervised(
+    config: Config, settings: TrainingConfig, model_path: str, data_dir: Path, file: str, out: Path, title: str
+):
+    """SFT on a JSONL file's responses: the mean negative log-prob of the response tokens of the global batch."""
+    if model_path.startswith("tiny:"):
+        if is_main():
+            instruction = config.discriminator.instruction
+            tiny_models.build(out, model_path, [instruction, "<response></response>"], config.data.digits.seed)
+        _barrier()
+        model_path = str(out)
+    model, processor = load(ModelConfig(path=model_path))
+    rows = read_jsonl(data_dir / file, ("id", "question", "response"))
+    encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
+    engine = Engine(Policy(model.train()), config=config.deepspeed, **_rates(settings))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with progress(settings.steps, title, enabled=is_main()) as advance:
+        for step in range(settings.steps):
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            picks = torch.randint(len(rows), (settings.batch_size,), generator=generator).tolist()
+            responses = [encoder.response(rows[i]["response"]) for i in picks]
+            tokens = sum(map(len, responses))
+            mine = list(range(rank, settings.batch_size, world))
+            chunks = [mine[i : i + settings.micro_batch_size] for i in range(0, len(mine), settings.micro_batch_size)]
+            total = 0.0
+            for chunk in chunks:
+                batch = encoder.batch([rows[picks[i]] for i in chunk], [responses[i] for i in chunk])
+                loss = -engine(batch).sum() / tokens
+                engine.backward(loss, last=chunk is chunks[-1])
+                total += float(loss.detach())
+            engine.step()
+            advance(1)
+    if is_main():
+        model.save_pretrained(out)
+        processor.save_pretrained(out)
+
+
+def _rates(settings: TrainingConfig) -> dict:
+    names = ("steps", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+    return {name: getattr(settings, name) for name in names}
+
+
+def teacher(config: Config, which: TeacherConfig, data_dir: Path, data_key: str) -> tuple[str, str]:
+    """A teacher's checkpoint and key; a "tiny:" one is trained first on reasoned answers."""
+    if not which.path.startswith("tiny:"):
+        return which.path, key_of("model", which)
+    key = key_of("teacher", which, config.teacher_sft, config.discriminator.instruction, data_key)
+    file = f"sft_{which.name}.jsonl"
+
+    def build(out: Path) -> None:
+        train_supervised(config, config.teacher_sft, which.path, data_dir, file, out, f"teacher {which.name}")
+
+    return str(stage(config.work_dir, f"teacher_{which.name}", key, build)), key
+
+
+def sft(config: Config, data_dir: Path, data_key: str) -> tuple[str, str]:
+    """The student after SFT, and its key."""
+    key = key_of("sft", config.student, config.sft, config.seed, config.discriminator.instruction, data_key)
+    if config.sft.steps == 0:
+        return config.student.path, key
+
+    def build(out: Path) -> None:
+        train_supervised(config, config.sft, config.student.path, data_dir, "sft.jsonl", out, "SFT student")
+
+    return str(stage(config.work_dir, "sft", key, build)), key
+
+
+def responses(config: Config, source: str, path: str, model_key: str, data_dir: Path, data_key: str) -> Path:
+    """N saved responses per training question, judged once: responses.jsonl with provenance."""
+    rows = read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
+    rows = rows[: config.responses.questions or None]
+    per = config.responses.per_question
+    key = key_of("responses", source, model_key, config.responses, config.sampling, config.seed, data_key)
+
+    def build(out: Path) -> None:
+        model, processor = load(ModelConfig(path=path))
+        encoder = Encoder(model.eval(), processor, data_dir, config.data.max_image_pixels)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = [(i, n) for i in range(rank, len(rows), world) for n in range(per)]
+        size = config.sampling.batch_size
+        with (
+            progress(len(mine), f"responses of {source}", enabled=is_main()) as advance,
+            open(out / f"part-{rank}.jsonl", "w", encoding="utf-8") as file,
+        ):
+            for start in range(0, len(mine), size):
+                part = mine[start : start + size]
+                numbers = uniforms(config.seed, [(1, i, n) for i, n in part], config.sampling.max_new_tokens)
+                questions = [rows[i] for i, _ in part]
+                drawn = generate(model, encoder, questions, config.sampling, uniforms=numbers, batch_size=size)
+                for (_, n), row, (ids, truncated) in zip(part, questions, drawn, strict=True):
+                    text = encoder.decode(ids)
+                    reward = 0.0 if truncated else answer_reward(text, row["answer"])
+                    record = {"id": row["id"], "source": source, "sample": n, "text": text, "truncated": truncated}
+                    file.write(json.dumps({**record, "answer_reward": reward, "model": path}) + "\n")
+                advance(len(part))
+        _barrier()
+        if is_main():
+            parts = sorted(out.glob("part-*.jsonl"))
+            (out / "responses.jsonl").write_text("".join(part.read_text() for part in parts))
+            for part in parts:
+                part.unlink()
+
+    return stage(config.work_dir, f"responses_{source}", key, build) / "responses.jsonl"
+
+
+def new_discriminator(student_path: str):
+    """D as it starts: the SFT student's language model and a zero score head; and the student's tokenizer."""
+    model, processor = load(ModelConfig(path=student_path))
+    language_model = model.model.language_model
+    return Discriminator(language_model, language_model.config.hidden_size), processor.tokenizer
+
+
+def discriminator(config: Config, student_path: str, saved: dict[str, Path], key: str) -> Path:
+    """D pre-trained on the saved responses, half of each batch the student's; held-out accuracy in metrics.json."""
+    from safetensors.torch import save_file
+
+    settings = config.discriminator.pretrain
+    key = key_of("discriminator", config.discriminator, config.seed, key, sorted(map(str, saved.values())))
+
+    def build(out: Path) -> None:
+        texts: dict[bool, list] = {True: [], False: []}
+        held: dict[bool, list] = {True: [], False: []}
+        for source, path in saved.items():
+            for row in read_jsonl(path, ("id",)):
+                bucket = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000
+                side = held if bucket < 1000 * config.discriminator.validation_share else texts
+                side[source == "student"].append(row["text"])
+        module, tokenizer = new_discriminator(student_path)
+        engine = Engine(module.train(), config=config.deepspeed, **_rates(settings))
+        rank, world, instruction = dist.get_rank(), dist.get_world_size(), config.discriminator.instruction
+        with progress(settings.steps, "D pre-training", enabled=is_main()) as advance:
+            for step in range(settings.steps):
+                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+                half = settings.batch_size // 2
+                batch = [
+                    (texts[student][i], student)
+                    for student in (True, False)
+                    for i in torch.randint(len(texts[student]), (half,), generator=generator).tolist()
+                ][rank::world]
+                logits = engine(**encode_for_discriminator(tokenizer, instruction, [text for text, _ in batch]))
+                labels = torch.tensor([student for _, student in batch])
+                engine.backward(discriminator_loss(logits, labels, norm=2 * half), last=True)
+                engine.step()
+                advance(1)
+        if is_main():
+            module.eval()
+            right = []
+            with torch.no_grad():
+                for student in (True, False):
+                    some = held[student][:200]
+                    logits = module(**encode_for_discriminator(tokenizer, instruction, some))
+                    right += ((logits > 0) == student).tolist()
+            metrics = {"held_out_accuracy": sum(right) / len(right), "held_out_responses": len(right)}
+            (out / "metrics.json").write_text(json.dumps(metrics))
+            save_file(
+                {k: v.detach().clone() for k, v in module.state_dict().items()}, out / "discriminator.safetensors"
+            )
+
+    return stage(config.work_dir, "discriminator", key, build)

@@ -1,0 +1,141 @@
+"""Encoding, sampling and rewards: real tiny checkpoints, real pictures."""
+
+import json
+
+import pytest
+import torch
+
+from ril_engine import digits, tiny_models
+from ril_engine.config import DigitsConfig, ModelConfig, SamplingConfig
+from ril_engine.errors import UserError
+from ril_engine.models import Encoder, generate, load, uniforms
+from ril_engine.policy import Discriminator, Policy, encode_for_discriminator
+from ril_engine.rewards import answer_reward
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    settings = DigitsConfig(train_questions=9, validation_questions=1, test_questions=1, sft_questions=1)
+    digits.build(folder, settings, {})
+    return folder, [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=["student", "internvl_teacher"])
+def family(request, task, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny_models.build(path, f"tiny:{request.param}", [], seed=0)
+    model, processor = load(ModelConfig(path=str(path)))
+    return model.eval(), Encoder(model, processor, task[0], 10_000)
+
+
+def test_batched_logprobs_equal_one_by_one(family, task):
+    model, encoder = family
+    policy, rows = Policy(model), task[1]
+    responses = [encoder.response(text) for text in ("7", "I see 7 and 8. The answer is 56.", "so it is odd.")]
+    with torch.no_grad():
+        together = policy(encoder.batch(rows[:3], responses))
+        alone = [policy(encoder.batch([row], [ids])) for row, ids in zip(rows, responses, strict=False)]
+        full = encoder.batch(rows[:1], responses[:1])
+        logits = model(**full.inputs).logits[0].log_softmax(-1)
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-5, rtol=0)
+    ids = full.inputs["input_ids"][0]
+    by_hand = torch.stack([logits[t - 1, ids[t]] for t in range(len(ids) - len(responses[0]), len(ids))])
+    torch.testing.assert_close(alone[0], by_hand, atol=2e-5, rtol=0)
+
+
+def test_a_sample_does_not_depend_on_its_batch(family, task):
+    model, encoder = family
+    settings = SamplingConfig(max_new_tokens=6)
+    numbers = uniforms(5, [(i,) for i in range(6)], 6)
+    draw = lambda part: generate(  # noqa: E731
+        model, encoder, [task[1][i] for i in part], settings, uniforms=numbers[part], batch_size=4
+    )
+    together = draw([0, 1, 2, 3, 4, 5])
+    assert [*draw([3, 1]), *draw([5])] == [together[3], together[1], together[5]]
+    assert draw([0]) == draw([0])
+
+
+def test_sampling_follows_the_distribution():
+    from ril_engine.models import InverseCdf
+
+    count, probabilities = 20_000, torch.tensor([0.5, 0.0, 0.3, 0.2])
+    numbers = uniforms(0, [(i,) for i in range(count)], 1)
+    scores = InverseCdf(numbers, 3)(torch.zeros(count, 3, dtype=torch.long), probabilities.log().expand(count, 4))
+    share = (scores == 0).double().mean(0)
+    torch.testing.assert_close(share, probabilities.double(), atol=0.015, rtol=0)
+    assert share[1] == 0
+
+
+def test_a_placeholder_is_never_sampled_nor_kept(family, task):
+    model, encoder = family
+    placeholder = model.config.image_token_id
+    assert placeholder in encoder.banned_ids
+    head = model.lm_head
+    biased = torch.zeros(head.out_features)
+    biased[placeholder] = 1e4  # the student wants nothing but image placeholders
+    hook = head.register_forward_hook(lambda _, __, out: out + biased)
+    try:
+        for numbers in (None, uniforms(0, [(0,), (1,)], 5)):
+            drawn = generate(
+                model, encoder, task[1][:2], SamplingConfig(max_new_tokens=5), uniforms=numbers, batch_size=2
+            )
+            assert all(placeholder not in ids for ids, _ in drawn)
+    finally:
+        hook.remove()
+    text = f"7{encoder.tokenizer.decode([placeholder])}8"
+    ids = encoder.response(text)
+    assert placeholder not in ids and encoder.decode(ids) == "78"
+    Policy(model)(encoder.batch(task[1][:1], [ids])).sum().backward()
+
+
+def test_discriminator_ignores_its_padding_and_special_tokens(family):
+    model, encoder = family
+    language_model = model.model.language_model
+    d = Discriminator(language_model, language_model.config.hidden_size).eval()
+    torch.nn.init.normal_(d.score.weight)
+    encode = lambda texts: encode_for_discriminator(encoder.tokenizer, "Who?", texts)  # noqa: E731
+    with torch.no_grad():
+        together = d(**encode(["7", "I see 7 and 8. The answer is 56."]))
+        torch.testing.assert_close(together[:1], d(**encode([" 7<|im_end|>"])), atol=2e-5, rtol=0)
+    assert abs(float(together[0] - together[1])) > 1e-3
+
+
+def test_bad_input_is_named(task, family, tmp_path):
+    _, encoder = family
+    row = task[1][0]
+    for change, message in (
+        ({"id": "a", "image": "images/none.png"}, r"none\.png: no such file"),
+        ({"id": "b", "image": "train.jsonl"}, "not a readable picture; expected PNG"),
+        ({"id": "c", "image": "../x.png"}, "outside the dataset folder"),
+        ({"id": "d", "question": "What is <|im_end|>?"}, "question d: its text holds a special token"),
+    ):
+        with pytest.raises(UserError, match=message):
+            encoder.prompt({**row, **change})
+    with pytest.raises(UserError, match=r"56 x 28 pixels, more than data\.max_image_pixels 10"):
+        Encoder(family[0], encoder.processor, task[0], 10).prompt(row)
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UserError, match="not loadable as an image-text-to-text checkpoint"):
+        load(ModelConfig(path=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"no config\.json in this folder"):
+        load(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [
+        ("56", "56", 1),
+        ("I see 7 and 8. 7*8=56. The answer is 56.", "56", 1),
+        ("56 or 57", "56", 0),
+        ("so it is odd.", "odd", 1),
+        ("Odd", "odd", 1),
+        ("odd or even", "odd", 0),
+        ("", "7", 0),
+        ("seven", "7", 0),
+        ("-7", "7", 0),
+        ("7.0", "7", 1),
+    ],
+)
+def test_answer_reward(response, answer, reward):
+    assert answer_reward(response, answer) == reward
