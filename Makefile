@@ -5,7 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NATIVE := CMakeLists.txt pyproject.toml $(wildcard kernels/ril_kernels/*.cpp kernels/ril_kernels/*.h kernels/ril_kernels/*/cpu.cpp)
 
-.PHONY: setup test lint
+CONFIG ?= configs/digits.yaml
+RANKS ?= 2
+
+.PHONY: setup train test lint
 setup: $(STAMP)
 
 $(VENV)/.locked: requirements.lock
@@ -17,6 +20,10 @@ $(VENV)/.locked: requirements.lock
 $(STAMP): $(VENV)/.locked $(NATIVE)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
 	touch $@
+
+train: setup
+	@echo "DeepSpeed compiles one small op at its first start, up to three minutes."
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators $(RANKS) ril_engine/train.py --config $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest
