@@ -26,6 +26,7 @@ from ril_engine.errors import UserError
 from ril_engine.evaluation import evaluate
 from ril_engine.models import Encoder, generate, load, uniforms
 from ril_engine.policy import Policy, encode_for_discriminator
+from ril_engine.report import write_report
 from ril_engine.rewards import answer_reward
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 from ril_kernels import discriminator_loss, group_advantages, similarity_reward
@@ -317,12 +318,14 @@ def train(config: Config) -> dict:
         "evaluation": {"before": before, "after": after},
         "run_dir": str(run_dir),
         "student": str(run_dir / "student"),
+        "report": str(run_dir / "report.html"),
     }
     if rank == 0:
         log.close()
         loop.policy.model.save_pretrained(run_dir / "student")
         loop.encoder.processor.save_pretrained(run_dir / "student")
         (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+        write_report(run_dir, data_dir)
         accuracy_table(before, after)
     return result
 

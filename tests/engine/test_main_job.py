@@ -61,6 +61,7 @@ def test_two_ranks_train_and_a_second_run_reuses_the_stages(tmp_path):
     assert sorted(sources) == ["internvl"] * 2 + ["qwen"] * 2 + ["student"] * 4
     advantages = [each["advantage"] for each in json.loads(rows[0])["responses"]]
     assert abs(sum(advantages)) < 1e-5
+    assert Path(first["report"]).read_text().count("data:image/png;base64,") >= 2
     AutoProcessor.from_pretrained(first["student"])
     trained = AutoModelForImageTextToText.from_pretrained(first["student"]).state_dict()
     start = next(path for path in stages if path.name.startswith("sft-"))
