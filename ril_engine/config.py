@@ -124,7 +124,6 @@ class RLConfig(Section):
     max_grad_norm: Positive = 1.0
     micro_batch_size: Count = Field(64, description="responses per forward and rank")
     train_vision_tower: bool = False
-    save_every: int = Field(100, ge=0, description="steps between checkpoints; 0: none")
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
 
 
