@@ -24,15 +24,16 @@ class DigitsConfig(Section):
     """The embedded task, used when data.dir is "digits"."""
 
     seed: int = Field(0, description="of the split by source digit, the pictures and the tiny models' weights")
-    train_questions: Count = Field(3600, description="questions of the RIL loop")
-    validation_questions: Count = Field(900, description="questions that settings may be chosen on")
-    test_questions: Count = Field(2250, description="held-out questions, reported only")
+    train_questions: Count = Field(4000, description="questions of the RIL loop")
+    validation_questions: Count = Field(1000, description="questions that settings may be chosen on")
+    test_questions: Count = Field(2000, description="held-out questions, reported only")
     validation_digits: Count = Field(200, description="source digits only seen in validation pictures")
     test_digits: Count = Field(400, description="source digits only seen in test pictures")
     sft_questions: Count = Field(12000, description="rows of instruction data")
-    sft_perception_share: Share = Field(0.3, description="of the SFT rows that only ask for one digit")
+    sft_perception_share: Share = Field(0.2, description="of the SFT rows that only ask for the digits")
+    sft_calculation_share: Share = Field(0.4, description="of the SFT rows that ask for a sum or product")
     sft_reasoned_share: Share = Field(
-        0.2, description="of the student's SFT rows on easy question kinds that are answered with a rationale"
+        0.2, description="of the student's SFT rows about what is seen (left, right, larger, smaller) that reason"
     )
 
 
@@ -124,6 +125,7 @@ class RLConfig(Section):
     max_grad_norm: Positive = 1.0
     micro_batch_size: Count = Field(64, description="responses per forward and rank")
     train_vision_tower: bool = False
+    save_every: int = Field(50, ge=0, description="steps between checkpoints, of which the last is kept; 0: none")
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
 
 
@@ -133,7 +135,8 @@ class DeepSpeedConfig(Section):
 
 
 class EvaluationConfig(Section):
-    questions: int = Field(0, ge=0, description="how many test questions; 0: all")
+    split: Literal["test", "validation"] = Field("test", description="validation while settings are being chosen")
+    questions: int = Field(0, ge=0, description="how many of the split's questions; 0: all")
     batch_size: Count = 250
 
 
@@ -142,6 +145,7 @@ class Config(Section):
 
     seed: int = Field(0, ge=0)
     work_dir: Path = Field(Path("runs"), description="holds stages/ (reused) and one folder per run")
+    min_free_disk_gib: float = Field(1.0, ge=0, description="checked before each stage and each checkpoint")
     data: DataConfig = DataConfig()
     student: ModelConfig = ModelConfig()
     teachers: list[TeacherConfig] = Field(default_factory=list)

@@ -3,13 +3,17 @@
 The digits are scikit-learn's (1,797 scans of 8 x 8 pixels, UCI ML repository). They are split *by source digit*
 into train, validation and test before any picture is made, so no held-out picture shows a scan seen in training.
 
-Two manners of answering are defined here. Teachers are trained to reason in words before they answer; the
-student's instruction data is mostly the bare answer, with a share of reasoned answers on the easy kinds only.
+Two manners of answering are defined here: the bare answer, and reasoning in words before it. Teachers are trained to
+reason about everything. The student's instruction data reasons about the plain calculations, answers the questions
+about what is seen barely (with a share of reasoning), and the hard kinds always barely. Those name a number N, and two
+digits and N have 500 combinations: too many to know by heart, but two plain calculations in a row. So the student sees
+well, can calculate, and answers the hard kinds badly: what is left to learn is the teachers' manner.
 """
 
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,66 +27,60 @@ QUESTIONS: dict[str, str] = {
     "left": "What is the left digit?",
     "right": "What is the right digit?",
     "larger": "Which digit is larger?",
+    "smaller": "Which digit is smaller?",
     "sum": "What is the sum of the digits?",
-    "difference": "What is the difference of the digits?",
-    "parity": "Is the sum of the digits even or odd?",
     "product": "What is the product of the digits?",
-    "product_plus_left": "What is the product of the digits plus the left digit?",
-    "twice_left_thrice_right": "What is twice the left digit plus three times the right digit?",
+    "product_plus_n": "What is the product of the digits plus {n}?",
+    "sum_times_n": "What is the sum of the digits times {n}?",
+    "n_left_plus_right": "What is {n} times the left digit plus the right digit?",
+    "left_plus_n_right": "What is the left digit plus {n} times the right digit?",
 }
 KINDS = tuple(QUESTIONS)
-EASY_KINDS = ("left", "right", "larger", "sum", "difference")
-PERCEPTION_KINDS = ("left", "right")
+SEEN_KINDS, CALCULATED_KINDS, HARD_KINDS = KINDS[:4], KINDS[4:6], KINDS[6:]
+# SFT only: it asks for both digits in order, which teaches the student to tell left from right.
+PERCEPTION = "perception"
+PERCEPTION_QUESTION = "Which digits does the picture show?"
+NUMBERS = range(2, 7)
 STYLES = ("formula", "words")
 
+_OPERATIONS = {"+": (operator.add, "plus"), "*": (operator.mul, "times")}
 
-def answer(kind: str, left: int, right: int) -> str:
-    """The reference answer to a question of `kind` about a picture of the digits `left` and `right`."""
+
+def _calculations(kind: str, left: int, right: int, n: int) -> list[tuple[int, str, int]]:
+    """What a question of `kind` asks for, as calculations in order; the last one's result is the answer."""
     return {
+        "sum": [(left, "+", right)],
+        "product": [(left, "*", right)],
+        "product_plus_n": [(left, "*", right), (left * right, "+", n)],
+        "sum_times_n": [(left, "+", right), (left + right, "*", n)],
+        "n_left_plus_right": [(n, "*", left), (n * left, "+", right)],
+        "left_plus_n_right": [(n, "*", right), (left, "+", n * right)],
+    }.get(kind, [])
+
+
+def answer(kind: str, left: int, right: int, n: int) -> str:
+    """The reference answer to a question of `kind` and number `n` about a picture of `left` and `right`."""
+    if calculations := _calculations(kind, left, right, n):
+        first, sign, second = calculations[-1]
+        return str(_OPERATIONS[sign][0](first, second))
+    return {
+        PERCEPTION: f"{left} {right}",
         "left": str(left),
         "right": str(right),
         "larger": str(max(left, right)),
-        "sum": str(left + right),
-        "difference": str(abs(left - right)),
-        "parity": "odd" if (left + right) % 2 else "even",
-        "product": str(left * right),
-        "product_plus_left": str(left * right + left),
-        "twice_left_thrice_right": str(2 * left + 3 * right),
+        "smaller": str(min(left, right)),
     }[kind]
 
 
-def reasoned_answer(kind: str, left: int, right: int, style: str) -> str:
-    """How a teacher answers: what it sees, one short calculation, the answer. Two styles, "formula" and "words"."""
-    high, low = max(left, right), min(left, right)
-    total, product = left + right, left * right
-    result = answer(kind, left, right)
+def reasoned_answer(kind: str, left: int, right: int, n: int, style: str) -> str:
+    """How a teacher answers: what it sees, the calculations, the answer. Two styles, "formula" and "words"."""
+    result = answer(kind, left, right, n)
+    work = [(a, sign, b, _OPERATIONS[sign][0](a, b)) for a, sign, b in _calculations(kind, left, right, n)]
     if style == "formula":
-        work = {
-            "left": "",
-            "right": "",
-            "larger": f" {high}>{low}." if high > low else f" {high}={low}.",
-            "sum": f" {left}+{right}={total}.",
-            "difference": f" {high}-{low}={high - low}.",
-            "parity": f" {left}+{right}={total}.",
-            "product": f" {left}*{right}={product}.",
-            "product_plus_left": f" {left}*{right}={product}, {product}+{left}={product + left}.",
-            "twice_left_thrice_right": f" 2*{left}={2 * left}, 3*{right}={3 * right}, "
-            f"{2 * left}+{3 * right}={2 * left + 3 * right}.",
-        }[kind]
-        return f"I see {left} and {right}.{work} The answer is {result}."
-    work = {
-        "left": "",
-        "right": "",
-        "larger": f" and {high} is not below {low}",
-        "sum": f" and {left} plus {right} makes {total}",
-        "difference": f" and {high} minus {low} makes {high - low}",
-        "parity": f" and {left} plus {right} makes {total}",
-        "product": f" and {left} times {right} makes {product}",
-        "product_plus_left": f" and {left} times {right} makes {product}, plus {left} makes {product + left}",
-        "twice_left_thrice_right": f" and twice {left} makes {2 * left}, thrice {right} makes {3 * right}, "
-        f"together {2 * left + 3 * right}",
-    }[kind]
-    return f"The picture shows {left} then {right}{work}, so it is {result}."
+        shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
+        return f"I see {left} and {right}. {shown + '. ' if work else ''}The answer is {result}."
+    shown = " and".join(f" {a} {_OPERATIONS[sign][1]} {b} makes {c}" for a, sign, b, c in work)
+    return f"The picture shows {left} then {right}{', where' + shown if work else ''}, so it is {result}."
 
 
 def _scans(config: DigitsConfig) -> dict[str, list[tuple[np.ndarray, int]]]:
@@ -119,17 +117,18 @@ def _rows(split: str, count: int, kinds: tuple[str, ...], scans, folder: Path, s
     (folder / "images" / split).mkdir(parents=True)
     for number in range(count):
         pair = [scans[i] for i in rng.integers(0, len(scans), size=2)]
-        kind = kinds[number % len(kinds)]
+        kind, n = kinds[number % len(kinds)], int(rng.choice(NUMBERS))
         left, right = pair[0][1], pair[1][1]
         image = f"images/{split}/{number:05d}.png"
         render(pair, rng).save(folder / image)
         yield {
             "id": f"{split}-{number:05d}",
             "image": image,
-            "question": QUESTIONS[kind],
-            "answer": answer(kind, left, right),
+            "question": QUESTIONS.get(kind, PERCEPTION_QUESTION).format(n=n),
+            "answer": answer(kind, left, right, n),
             "kind": kind,
             "digits": [left, right],
+            "n": n,
         }
 
 
@@ -151,21 +150,27 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
 
     rng = np.random.default_rng([config.seed, 1])
     perception = int(config.sft_questions * config.sft_perception_share)
-    rows = [
-        *_rows("sft", config.sft_questions - perception, KINDS, scans["train"], folder, config.seed),
-        *_rows("perception", perception, PERCEPTION_KINDS, scans["train"], folder, config.seed),
-    ]
+    calculated = int(config.sft_questions * config.sft_calculation_share)
+    parts = {
+        "sft": (config.sft_questions - perception - calculated, (*SEEN_KINDS, *HARD_KINDS)),
+        "calculation": (calculated, CALCULATED_KINDS),
+        "perception": (perception, (PERCEPTION,)),
+    }
+    rows = []
+    for part, (count, kinds) in parts.items():
+        rows += _rows(part, count, kinds, scans["train"], folder, config.seed)
     student = []
     for row in rows:
-        reasoned = row["kind"] in EASY_KINDS and rng.random() < config.sft_reasoned_share
+        share = {**dict.fromkeys(SEEN_KINDS, config.sft_reasoned_share), **dict.fromkeys(CALCULATED_KINDS, 1.0)}
+        reasoned = rng.random() < share.get(row["kind"], 0.0)
         style = STYLES[int(rng.integers(len(STYLES)))]
-        text = reasoned_answer(row["kind"], *row["digits"], style) if reasoned else row["answer"]
+        text = reasoned_answer(row["kind"], *row["digits"], row["n"], style) if reasoned else row["answer"]
         student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)
     for name, style in styles.items():
         write_jsonl(
             folder / f"sft_{name}.jsonl",
-            ({**row, "response": reasoned_answer(row["kind"], *row["digits"], style)} for row in rows),
+            ({**row, "response": reasoned_answer(row["kind"], *row["digits"], row["n"], style)} for row in rows),
         )
 
 
@@ -177,10 +182,11 @@ def write_jsonl(path: Path, rows) -> None:
 
 def corpus() -> list[str]:
     """Every sentence of the task once per digit pair: what the tiny tokenizers are trained on."""
-    lines = [*QUESTIONS.values(), "user", "assistant", "system"] * 20
+    lines = ["user", "assistant", "system", PERCEPTION_QUESTION] * 20
+    lines += [question.format(n=n) for question in QUESTIONS.values() for n in NUMBERS] * 3
     for left in range(10):
         for right in range(10):
             for kind in KINDS:
-                lines.append(answer(kind, left, right))
-                lines += [reasoned_answer(kind, left, right, style) for style in STYLES]
+                case = (kind, left, right, NUMBERS[(left + right) % len(NUMBERS)])
+                lines += [answer(*case), *(reasoned_answer(*case, style) for style in STYLES)]
     return lines

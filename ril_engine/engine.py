@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -94,3 +95,11 @@ class Engine:
         self.engine.step()
         norm = self.engine.get_global_grad_norm() if norm is None else norm
         return {"grad_norm": float(norm), "learning_rate": rate}
+
+    def save(self, folder: Path) -> None:
+        """Parameters, optimiser and schedule. All ranks call it."""
+        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote. All ranks call it."""
+        self.engine.load_checkpoint(str(folder), tag="state")

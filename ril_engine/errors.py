@@ -1,5 +1,78 @@
-"""The one exception that reaches a user: its text is printed as a single line and the exit code is 2."""
+"""What a user reads when something is wrong: one line on stderr and an exit code, never a stack trace."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 
 class UserError(Exception):
     """Bad input or environment. The message says what, what was got, what was expected, and what to do."""
+
+
+def require_free_disk(folder: Path, gib: float) -> None:
+    """Refuse to begin what would end with half a file: not every library names a full disk when it meets one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < gib:
+        raise UserError(
+            f"work_dir {folder}: no free disk, {free:.1f} GiB left, expected min_free_disk_gib {gib:g} or more; free "
+            "some space or set work_dir elsewhere; finished stages and checkpoints are kept"
+        )
+
+
+def exit_code(job: Callable[[], dict]) -> int:
+    """Run `job` and print its result as the last line of stdout, as JSON: 0. UserError or a full disk: one line, 2."""
+    try:
+        result = job()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" for {error.filename}" if error.filename else ""
+        message = f"no free disk{where} ({error.strerror}); free some space and start again: finished stages are kept"
+    else:
+        if _rank() == 0:
+            print(json.dumps(result), flush=True)
+        return 0
+    if _first_to_tell():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def leave(code: int) -> int:
+    """Take leave of the other ranks after a success: DeepSpeed cannot start twice in a process, so this comes last.
+
+    All leave together: a rank that left while rank 0 still wrote the report now and then died at exit.
+    """
+    if code == 0 and (dist := _distributed()) is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+    return code
+
+
+def _distributed():
+    """torch.distributed where this process has joined a job: errors of plain commands need no torch."""
+    dist = sys.modules.get("torch.distributed")
+    return dist if dist is not None and dist.is_initialized() else None
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _first_to_tell() -> bool:
+    """Before the ranks meet all of them fail alike, so rank 0 speaks; then only one of them may know."""
+    dist = _distributed()
+    if dist is None or dist.get_world_size() == 1:
+        return _rank() == 0
+    try:
+        return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
+    except RuntimeError:  # the store went with the rank that has told
+        return False

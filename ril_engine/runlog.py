@@ -92,10 +92,13 @@ class RunLog(AbstractContextManager):
     """metrics.jsonl, samples.jsonl and tensorboard/ of one run, and a line on stderr per step.
 
     `resume_step` is the last step to keep: later lines, which a crashed run wrote after its last checkpoint,
-    are dropped. 0 starts all three afresh.
+    are dropped. 0 starts all three afresh. `enabled=False`, for ranks other than 0, writes nothing.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int = 0, total_steps: int | None = None):
+    def __init__(self, run_dir: Path, *, resume_step: int = 0, total_steps: int | None = None, enabled: bool = True):
+        self._enabled = enabled
+        if not enabled:
+            return
         from torch.utils.tensorboard import SummaryWriter  # seconds to import
 
         run_dir = Path(run_dir)
@@ -115,6 +118,8 @@ class RunLog(AbstractContextManager):
         return path.open("a", buffering=1)
 
     def step(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        if not self._enabled:
+            return
         metrics = {name: float(value) for name, value in metrics.items()}
         seconds = {name: float(value) for name, value in seconds.items()}
         self._metrics.write(_json_line({"step": step, "metrics": metrics, "seconds": seconds}))
@@ -123,9 +128,13 @@ class RunLog(AbstractContextManager):
         _print(step_line(step, self._total_steps, metrics, seconds))
 
     def samples(self, rows: Iterable[dict]) -> None:
+        if not self._enabled:
+            return
         self._samples.write("".join(_json_line(row) for row in rows))
 
     def close(self) -> None:
+        if not self._enabled:
+            return
         for file in (self._metrics, self._samples, self._tensorboard):
             file.close()
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from ril_engine import __version__, digits, tiny_models
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
-from ril_engine.errors import UserError
+from ril_engine.errors import UserError, require_free_disk
 from ril_engine.models import Encoder, generate, load, uniforms
 from ril_engine.policy import Discriminator, Policy, encode_for_discriminator
 from ril_engine.rewards import answer_reward
@@ -34,13 +34,15 @@ def key_of(*parts) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def stage(work_dir: Path, name: str, key: str, build: Callable[[Path], None]) -> Path:
+def stage(config: Config, name: str, key: str, build: Callable[[Path], None]) -> Path:
     """The folder of a finished stage, built first if it is missing. All ranks call it; `build` may be collective."""
-    folder, partial = work_dir / "stages" / f"{name}-{key}", work_dir / "stages" / f"{name}-{key}.partial"
+    folder = config.work_dir / "stages" / f"{name}-{key}"
+    partial = folder.with_name(folder.name + ".partial")
     missing = [not (folder / DONE).exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(missing, src=0)
     if missing[0]:
+        require_free_disk(config.work_dir, config.min_free_disk_gib)
         if is_main():
             shutil.rmtree(partial, ignore_errors=True)
             shutil.rmtree(folder, ignore_errors=True)
@@ -63,7 +65,7 @@ def _barrier() -> None:
 def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
     """The rows of a JSONL file, each with non-empty `required` fields."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise UserError(f"data {path}: {error.strerror}; data.dir must hold this file") from error
     rows = []
@@ -99,23 +101,23 @@ def data(config: Config) -> tuple[Path, str]:
             if is_main():
                 digits.build(folder, config.data.digits, styles)
 
-        return stage(config.work_dir, "data", key, build), key
+        return stage(config, "data", key, build), key
     folder = Path(config.data.dir)
     read_jsonl(folder / "train.jsonl", ("id", "question", "answer"))
     return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.jsonl")})
 
 
 def train_supervised(
-    config: Config, settings: TrainingConfig, model_path: str, data_dir: Path, file: str, out: Path, title: str
-):
+    config: Config, settings: TrainingConfig, start: ModelConfig, data_dir: Path, file: str, out: Path, title: str
+) -> None:
     """SFT on a JSONL file's responses: the mean negative log-prob of the response tokens of the global batch."""
-    if model_path.startswith("tiny:"):
+    if start.path.startswith("tiny:"):
         if is_main():
             instruction = config.discriminator.instruction
-            tiny_models.build(out, model_path, [instruction, "<response></response>"], config.data.digits.seed)
+            tiny_models.build(out, start.path, [instruction, "<response></response>"], config.data.digits.seed)
         _barrier()
-        model_path = str(out)
-    model, processor = load(ModelConfig(path=model_path))
+        start = start.model_copy(update={"path": str(out)})
+    model, processor = load(start)
     rows = read_jsonl(data_dir / file, ("id", "question", "response"))
     encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
     engine = Engine(Policy(model.train()), config=config.deepspeed, **_rates(settings))
@@ -154,9 +156,9 @@ def teacher(config: Config, which: TeacherConfig, data_dir: Path, data_key: str)
     file = f"sft_{which.name}.jsonl"
 
     def build(out: Path) -> None:
-        train_supervised(config, config.teacher_sft, which.path, data_dir, file, out, f"teacher {which.name}")
+        train_supervised(config, config.teacher_sft, which, data_dir, file, out, f"teacher {which.name}")
 
-    return str(stage(config.work_dir, f"teacher_{which.name}", key, build)), key
+    return str(stage(config, f"teacher_{which.name}", key, build)), key
 
 
 def sft(config: Config, data_dir: Path, data_key: str) -> tuple[str, str]:
@@ -166,12 +168,25 @@ def sft(config: Config, data_dir: Path, data_key: str) -> tuple[str, str]:
         return config.student.path, key
 
     def build(out: Path) -> None:
-        train_supervised(config, config.sft, config.student.path, data_dir, "sft.jsonl", out, "SFT student")
+        train_supervised(config, config.sft, config.student, data_dir, "sft.jsonl", out, "SFT student")
 
-    return str(stage(config.work_dir, "sft", key, build)), key
+    return str(stage(config, "sft", key, build)), key
 
 
-def responses(config: Config, source: str, path: str, model_key: str, data_dir: Path, data_key: str) -> Path:
+def all_responses(
+    config: Config, student_path: str, student_key: str, data_dir: Path, data_key: str
+) -> dict[str, Path]:
+    """Source ("student" or a teacher's name) -> its saved responses."""
+    student = config.student.model_copy(update={"path": student_path})
+    files = {"student": responses(config, "student", student, student_key, data_dir, data_key)}
+    for each in config.teachers:
+        path, key = teacher(config, each, data_dir, data_key)
+        source = each.model_copy(update={"path": path})
+        files[each.name] = responses(config, each.name, source, key, data_dir, data_key)
+    return files
+
+
+def responses(config: Config, source: str, which: ModelConfig, model_key: str, data_dir: Path, data_key: str) -> Path:
     """N saved responses per training question, judged once: responses.jsonl with provenance."""
     rows = read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
     rows = rows[: config.responses.questions or None]
@@ -179,7 +194,7 @@ def responses(config: Config, source: str, path: str, model_key: str, data_dir: 
     key = key_of("responses", source, model_key, config.responses, config.sampling, config.seed, data_key)
 
     def build(out: Path) -> None:
-        model, processor = load(ModelConfig(path=path))
+        model, processor = load(which)
         encoder = Encoder(model.eval(), processor, data_dir, config.data.max_image_pixels)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = [(i, n) for i in range(rank, len(rows), world) for n in range(per)]
@@ -197,7 +212,7 @@ def responses(config: Config, source: str, path: str, model_key: str, data_dir: 
                     text = encoder.decode(ids)
                     reward = 0.0 if truncated else answer_reward(text, row["answer"])
                     record = {"id": row["id"], "source": source, "sample": n, "text": text, "truncated": truncated}
-                    file.write(json.dumps({**record, "answer_reward": reward, "model": path}) + "\n")
+                    file.write(json.dumps({**record, "answer_reward": reward, "model": which.path}) + "\n")
                 advance(len(part))
         _barrier()
         if is_main():
@@ -206,12 +221,12 @@ def responses(config: Config, source: str, path: str, model_key: str, data_dir: 
             for part in parts:
                 part.unlink()
 
-    return stage(config.work_dir, f"responses_{source}", key, build) / "responses.jsonl"
+    return stage(config, f"responses_{source}", key, build) / "responses.jsonl"
 
 
-def new_discriminator(student_path: str):
+def new_discriminator(student: ModelConfig):
     """D as it starts: the SFT student's language model and a zero score head; and the student's tokenizer."""
-    model, processor = load(ModelConfig(path=student_path))
+    model, processor = load(student)
     language_model = model.model.language_model
     return Discriminator(language_model, language_model.config.hidden_size), processor.tokenizer
 
@@ -231,7 +246,7 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
                 bucket = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000
                 side = held if bucket < 1000 * config.discriminator.validation_share else texts
                 side[source == "student"].append(row["text"])
-        module, tokenizer = new_discriminator(student_path)
+        module, tokenizer = new_discriminator(config.student.model_copy(update={"path": student_path}))
         engine = Engine(module.train(), config=config.deepspeed, **_rates(settings))
         rank, world, instruction = dist.get_rank(), dist.get_world_size(), config.discriminator.instruction
         with progress(settings.steps, "D pre-training", enabled=is_main()) as advance:
@@ -243,9 +258,12 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
                     for student in (True, False)
                     for i in torch.randint(len(texts[student]), (half,), generator=generator).tolist()
                 ][rank::world]
-                logits = engine(**encode_for_discriminator(tokenizer, instruction, [text for text, _ in batch]))
-                labels = torch.tensor([student for _, student in batch])
-                engine.backward(discriminator_loss(logits, labels, norm=2 * half), last=True)
+                size = settings.micro_batch_size
+                for start in range(0, len(batch), size):
+                    some, labels = zip(*batch[start : start + size], strict=True)
+                    logits = engine(**encode_for_discriminator(tokenizer, instruction, list(some)))
+                    loss = discriminator_loss(logits, torch.tensor(labels), norm=2 * half)
+                    engine.backward(loss, last=start + size >= len(batch))
                 engine.step()
                 advance(1)
         if is_main():
@@ -262,4 +280,4 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
                 {k: v.detach().clone() for k, v in module.state_dict().items()}, out / "discriminator.safetensors"
             )
 
-    return stage(config.work_dir, "discriminator", key, build)
+    return stage(config, "discriminator", key, build)

@@ -1,257 +1,29 @@
 """The main job: `deepspeed ril_engine/train.py --config configs/digits.yaml`.
 
-Builds whatever stage output is missing, then runs Algorithm 2 of RIL (arXiv 2510.19307) with one DeepSpeed engine for
-the student and one for the discriminator. The last line on stdout is one JSON object with results and paths.
-N = responses of a step over all ranks: Q questions x G of the student (+ G of the teachers).
+Builds whatever stage output is missing, then runs Algorithm 2 of RIL (arXiv 2510.19307, loop.py) with one DeepSpeed
+engine for the student and one for the discriminator. The last line on stdout is one JSON object with results and paths.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 import yaml
 
-from ril_engine import stages
-from ril_engine.config import Config, ModelConfig, load_config
-from ril_engine.engine import Engine, init_distributed
-from ril_engine.errors import UserError
+from ril_engine import checkpoints, stages
+from ril_engine.cli import add_run_arguments
+from ril_engine.config import Config, load_config
+from ril_engine.engine import init_distributed
+from ril_engine.errors import UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
-from ril_engine.models import Encoder, generate, load, uniforms
-from ril_engine.policy import Policy, encode_for_discriminator
+from ril_engine.loop import Loop, average, scheduled
 from ril_engine.report import write_report
-from ril_engine.rewards import answer_reward
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
-from ril_kernels import discriminator_loss, group_advantages, similarity_reward
-
-
-class Loop:
-    """Algorithm 2: what the steps share, and one method per phase of a step."""
-
-    def __init__(self, config: Config, data_dir: Path, student_path: str, saved: dict[str, list], d_path: Path | None):
-        rl = config.rl
-        self.config, self.saved = config, saved
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        model, processor = load(ModelConfig(path=student_path))
-        if not rl.train_vision_tower:
-            model.model.get_submodule(_vision_name(model)).requires_grad_(False)
-        self.policy = Policy(model)
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if rl.beta > 0 else None
-        self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
-        self.student = Engine(
-            self.policy,
-            config=config.deepspeed,
-            steps=rl.steps * rl.updates_per_step,
-            **{name: getattr(rl, name) for name in ("learning_rate", "final_learning_rate", "warmup_steps")},
-            **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
-        )
-        self.discriminator = None
-        if d_path is not None:
-            from safetensors.torch import load_file
-
-            module, self.d_tokenizer = stages.new_discriminator(student_path)
-            module.load_state_dict(load_file(d_path / "discriminator.safetensors"))
-            settings = config.discriminator
-            names = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-            self.discriminator = Engine(
-                module,
-                config=config.deepspeed,
-                steps=rl.steps * rl.updates_per_step,
-                **{name: getattr(settings, name) for name in names},
-            )
-
-    def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
-        """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
-        config, group = self.config, self.config.rl.group_size
-        keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
-        self.policy.eval()
-        drawn = generate(
-            self.policy.model,
-            self.encoder,
-            [row for _, row in questions for _ in range(group)],
-            config.sampling,
-            uniforms=uniforms(config.seed, keys, config.sampling.max_new_tokens),
-            batch_size=config.sampling.batch_size,
-        )
-        responses = []
-        for slot, (number, row) in enumerate(questions):
-            for ids, truncated in drawn[slot * group : (slot + 1) * group]:
-                text = self.encoder.decode(ids)
-                reward = 0.0 if truncated else answer_reward(text, row["answer"])
-                ids = ids or self.encoder.eos_ids[:1]
-                responses.append(
-                    {"slot": slot, "row": row, "source": "student", "text": text, "ids": ids, "truncated": truncated}
-                    | {"answer_reward": reward}
-                )
-            if self.discriminator is not None:
-                responses += self._teachers(step, slot, number, row)
-        return responses
-
-    def _teachers(self, step: int, slot: int, number: int, row: dict) -> list[dict]:
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
-        names, group = [teacher.name for teacher in self.config.teachers], self.config.rl.group_size
-        order = torch.randperm(len(names), generator=generator).tolist()
-        chosen = []
-        for place, which in enumerate(order):  # floor or ceil of G / k each
-            count = group // len(names) + (place < group % len(names))
-            pool = self.saved[names[which]][row["id"]]
-            picks = torch.randperm(len(pool), generator=generator)[:count].tolist()
-            for i in picks:
-                ids = self.encoder.response(pool[i]["text"], eos=not pool[i]["truncated"])
-                record = {name: pool[i][name] for name in ("source", "text", "truncated", "answer_reward")}
-                chosen.append({"slot": slot, "row": row, "ids": ids or self.encoder.eos_ids[:1], **record})
-        return chosen
-
-    def update_discriminator(self, responses: list[dict]) -> dict[str, float]:
-        """mu updates on the 2G responses of each question: student = 1, teacher = 0."""
-        instruction = self.config.discriminator.instruction
-        inputs = encode_for_discriminator(self.d_tokenizer, instruction, [each["text"] for each in responses])
-        labels = torch.tensor([each["source"] == "student" for each in responses])
-        self.discriminator.module.train()
-        for update in range(self.config.rl.updates_per_step):
-            logits = self.discriminator(**inputs)
-            loss = discriminator_loss(logits, labels, norm=len(responses) * self.world)
-            self.discriminator.backward(loss, last=True)
-            norms = self.discriminator.step()
-            if update == 0:
-                accuracy = ((logits > 0) == labels).double().mean()
-                first = {"loss/discriminator": float(loss.detach()) * self.world}
-                first["discriminator/accuracy"] = float(accuracy)
-        self.discriminator.module.eval()
-        with torch.no_grad():
-            logits = self.discriminator.module(**inputs)
-        for each, reward, score in zip(
-            responses, similarity_reward(logits).tolist(), logits.sigmoid().tolist(), strict=True
-        ):
-            each["similarity_reward"], each["score"] = reward, score
-        return {**first, "grad_norm/discriminator": norms["grad_norm"]}
-
-    def advantages(self, responses: list[dict]) -> torch.Tensor:
-        """(N,) group advantages of R = R_sim + R_ans over all responses of a question."""
-        rewards = torch.tensor([each["answer_reward"] + each.get("similarity_reward", 0.0) for each in responses])
-        groups = torch.tensor([each["slot"] for each in responses])
-        kind = "grpo" if self.config.rl.algorithm == "grpo" else "dr_grpo"
-        return group_advantages(rewards, groups, kind=kind)
-
-    def update_policy(self, responses: list[dict], advantages: torch.Tensor, timer: PhaseTimer) -> dict[str, float]:
-        """mu updates of the student. With mu > 1 the first pass's own log-probs are the behaviour policy's."""
-        rl, size = self.config.rl, self.config.rl.micro_batch_size
-        per_question = len(responses) // max(1, rl.questions_per_step // self.world)
-        count, limit = per_question * rl.questions_per_step, self.config.sampling.max_new_tokens
-        on_student = rl.kl_on == "student"
-        kl_count = rl.group_size * rl.questions_per_step if on_student else count
-        per_token = 1 if rl.algorithm == "grpo" else limit
-        norm = rl.policy_denominator or count * per_token
-        kl_norm = rl.kl_denominator or kl_count * per_token
-        parts = [range(i, min(i + size, len(responses))) for i in range(0, len(responses), size)]
-        prepared = []
-        for part in parts:
-            some = [responses[i] for i in part]
-            batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some])
-            settings = {"advantages": advantages[part.start : part.stop], "norm": norm, "beta": rl.beta}
-            settings |= {"clip_low": rl.clip_low, "clip_high": rl.clip_high}
-            settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
-            keep = torch.tensor([not (rl.mask_truncated and each["truncated"]) for each in some])
-            settings["mask"] = keep[batch.response_index]
-            if self.reference is not None:
-                own = torch.tensor([not on_student or each["source"] == "student" for each in some])
-                with timer.phase("reference"), torch.no_grad():
-                    settings["reference_logprobs"] = self.reference(batch)
-                settings |= {"kl_mask": settings["mask"] & own[batch.response_index], "kl_norm": kl_norm}
-            prepared.append((batch, settings))
-        self.policy.train()
-        out: dict[str, float] = {}
-        for update in range(rl.updates_per_step):
-            metrics, total = [], 0.0
-            for batch, settings in prepared:
-                loss, record = self.student(batch, **settings)
-                self.student.backward(loss, last=batch is prepared[-1][0])
-                if update == 0 and rl.updates_per_step > 1:
-                    settings["behavior_logprobs"] = record.logprobs
-                metrics.append(record)
-                total += float(loss.detach())
-            norms = self.student.step()
-            tokens = sum(int(m.num_tokens) for m in metrics)
-            mean = {
-                "entropy": sum(float(m.entropy) * int(m.num_tokens) for m in metrics) / max(1, tokens),
-                "clip/low": sum(float(m.clip_low_fraction) * int(m.num_tokens) for m in metrics) / max(1, tokens),
-                "clip/high": sum(float(m.clip_high_fraction) * int(m.num_tokens) for m in metrics) / max(1, tokens),
-                "ratio/max": max(float(m.ratio_max) for m in metrics),
-            }
-            if self.reference is not None:
-                kl_tokens = sum(int(m.num_kl_tokens) for m in metrics)
-                mean["kl"] = sum(float(m.kl) * int(m.num_kl_tokens) for m in metrics) / max(1, kl_tokens)
-            out = {"loss/policy": total * self.world, "tokens": tokens, **mean}
-            out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
-        return out
-
-    def step(self, step: int, questions: list[tuple[int, dict]], timer: PhaseTimer) -> tuple[dict, list[dict]]:
-        """One step of Algorithm 2 on this rank's questions: sample, update D, score, update the student."""
-        with timer.phase("rollout"):
-            responses = self.rollout(step, questions)
-        metrics: dict[str, float] = {}
-        if self.discriminator is not None:
-            with timer.phase("discriminator"):
-                metrics |= self.update_discriminator(responses)
-        advantages = self.advantages(responses)
-        for each, advantage in zip(responses, advantages.tolist(), strict=True):
-            each["advantage"] = advantage
-        with timer.phase("policy"):
-            metrics |= self.update_policy(responses, advantages, timer)
-        return metrics | _describe(responses, advantages), responses
-
-
-def _vision_name(model) -> str:
-    return next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
-
-
-def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, float]:
-    def mean(values: list[float]) -> float:
-        return sum(values) / max(1, len(values))
-
-    out = {"advantage/spread": float(advantages.std())}
-    by_slot: dict[int, list[float]] = {}
-    for each in responses:
-        by_slot.setdefault(each["slot"], []).append(abs(each["advantage"]))
-    out["zero_advantage_groups"] = mean([float(max(values) == 0) for values in by_slot.values()])
-    for side in ("student", "teacher"):
-        some = [each for each in responses if (each["source"] == "student") == (side == "student")]
-        if some:
-            out[f"reward/{side}_answer"] = mean([each["answer_reward"] for each in some])
-            out[f"length/{side}"] = mean([len(each["ids"]) for each in some])
-            if "score" in some[0]:
-                out[f"reward/{side}_similarity"] = mean([each["similarity_reward"] for each in some])
-                out[f"discriminator/{side}_score"] = mean([each["score"] for each in some])
-    own = [each for each in responses if each["source"] == "student"]
-    out["truncated"] = mean([float(each["truncated"]) for each in own])
-    return out
-
-
-def _average(metrics: dict[str, float]) -> dict[str, float]:
-    """Over ranks, once per step; tokens are summed."""
-    names = sorted(metrics)
-    values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
-    dist.all_reduce(values)
-    world = dist.get_world_size()
-    return {n: v if n == "tokens" else v / world for n, v in zip(names, values.tolist(), strict=True)}
-
-
-def _schedule(config: Config, rows: list[dict], step: int) -> list[int]:
-    """The questions of a step: an order per epoch that depends on the seed only."""
-    need = config.rl.questions_per_step
-    picks = []
-    for place in range(step * need, (step + 1) * need):
-        epoch, offset = divmod(place, len(rows))
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
-        picks.append(int(torch.randperm(len(rows), generator=generator)[offset]))
-    return picks
 
 
 def prepare(config: Config):
@@ -260,10 +32,7 @@ def prepare(config: Config):
     student_path, student_key = stages.sft(config, data_dir, data_key)
     if config.rl.algorithm != "ril":
         return data_dir, student_path, {}, None
-    files = {"student": stages.responses(config, "student", student_path, student_key, data_dir, data_key)}
-    for each in config.teachers:
-        path, key = stages.teacher(config, each, data_dir, data_key)
-        files[each.name] = stages.responses(config, each.name, path, key, data_dir, data_key)
+    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
     d_path = stages.discriminator(config, student_path, files, student_key)
     saved: dict[str, dict] = {}
     for each in config.teachers:
@@ -273,8 +42,8 @@ def prepare(config: Config):
     return data_dir, student_path, saved, d_path
 
 
-def train(config: Config) -> dict:
-    """The whole job; returns what is printed as the last line."""
+def train(config: Config, resume: Path | None = None) -> dict:
+    """The whole job, or the rest of the one in the folder `resume`; returns what is printed as the last line."""
     init_distributed()
     began, rank, world, rl = time.time(), dist.get_rank(), dist.get_world_size(), config.rl
     if rl.questions_per_step % world:
@@ -283,29 +52,30 @@ def train(config: Config) -> dict:
     rows = stages.read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
     if d_path is not None:
         rows = [row for row in rows if row["id"] in saved[config.teachers[0].name]]
-    test = stages.read_jsonl(data_dir / "test.jsonl", ("id", "question", "answer"))[
-        : config.evaluation.questions or None
-    ]
+    test = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
+    test = test[: config.evaluation.questions or None]
 
     loop = Loop(config, data_dir, student_path, saved, d_path)
-    stamp = [time.strftime("%Y%m%d-%H%M%S") + f"-{rl.algorithm}-seed{config.seed}"]
-    dist.broadcast_object_list(stamp, src=0)
-    run_dir = config.work_dir / stamp[0]
-    if rank == 0:
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    before = evaluate(config, loop.policy.model, loop.encoder, test, "evaluation before")
-    log, timer = RunLog(run_dir, total_steps=rl.steps) if rank == 0 else None, PhaseTimer()
-    with progress(rl.steps, rl.algorithm, enabled=rank == 0) as advance:
-        for step in range(rl.steps):
-            mine = _schedule(config, rows, step)[rank::world]
+    run_dir = resume or _new_run(config)
+    done, before = checkpoints.load(run_dir, loop.engines) if resume else (0, None)
+    before = before or evaluate(config, loop.policy.model, loop.encoder, test, "evaluation before")
+    timer = PhaseTimer()
+    with (
+        RunLog(run_dir, resume_step=done, total_steps=rl.steps, enabled=rank == 0) as log,
+        progress(rl.steps, rl.algorithm, completed=done, enabled=rank == 0) as advance,
+    ):
+        for step in range(done, rl.steps):
+            mine = scheduled(config, rows, step)[rank::world]
             metrics, responses = loop.step(step, [(i, rows[i]) for i in mine], timer)
-            metrics, seconds = _average(metrics), timer.pop()
+            metrics, seconds = average(metrics), timer.pop()
             metrics["tokens_per_second"] = metrics.pop("tokens") / seconds["step"]
-            if rank == 0:
-                log.step(step + 1, metrics, seconds)
-                if step % rl.samples_every == 0 or step == rl.steps - 1:
-                    log.samples([_sample(step + 1, responses)])
+            log.step(step + 1, metrics, seconds)
+            if step % rl.samples_every == 0 or step == rl.steps - 1:
+                log.samples([_sample(step + 1, responses)])
+            if rl.save_every and (step + 1) % rl.save_every == 0 and step + 1 < rl.steps:
+                require_free_disk(config.work_dir, config.min_free_disk_gib)
+                checkpoints.save(run_dir, step + 1, loop.engines, before)
+                timer.pop()  # no phase of the next step
             advance(1)
     after = evaluate(config, loop.policy.model, loop.encoder, test, "evaluation after")
     result = {
@@ -321,13 +91,23 @@ def train(config: Config) -> dict:
         "report": str(run_dir / "report.html"),
     }
     if rank == 0:
-        log.close()
         loop.policy.model.save_pretrained(run_dir / "student")
         loop.encoder.processor.save_pretrained(run_dir / "student")
         (run_dir / "result.json").write_text(json.dumps(result, indent=1))
         write_report(run_dir, data_dir)
         accuracy_table(before, after)
     return result
+
+
+def _new_run(config: Config) -> Path:
+    """A new folder for this run, with the resolved settings; the same name on all ranks."""
+    name = [time.strftime("%Y%m%d-%H%M%S") + f"-{config.rl.algorithm}-seed{config.seed}"]
+    dist.broadcast_object_list(name, src=0)
+    run_dir = config.work_dir / name[0]
+    if dist.get_rank() == 0:
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    return run_dir
 
 
 def _sample(step: int, responses: list[dict]) -> dict:
@@ -341,22 +121,21 @@ def _sample(step: int, responses: list[dict]) -> dict:
     return {"step": step, "image": None, "kind": None, **row, "responses": shown}
 
 
+def run(arguments: argparse.Namespace) -> dict:
+    if arguments.resume is None:
+        return train(load_config(arguments.config, arguments.set))
+    if arguments.set:
+        raise UserError(f"--set {arguments.set[0]}: a resumed run keeps its settings; start a new one with --config")
+    checkpoints.latest(arguments.resume)  # before anything slow
+    return train(load_config(arguments.resume / "config.yaml"), arguments.resume)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", required=True, help="a YAML file, such as configs/digits.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    add_run_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     arguments = parser.parse_args()
-    try:
-        result = train(load_config(arguments.config, arguments.set))
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    if result and dist.get_rank() == 0:
-        print(json.dumps(result), flush=True)
-    dist.destroy_process_group()
-    return 0
+    return leave(exit_code(lambda: run(arguments)))
 
 
 if __name__ == "__main__":

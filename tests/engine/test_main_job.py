@@ -1,11 +1,16 @@
 """The main job through the real launcher: two ranks, a second run that reuses the stages, and bad input."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from ril_engine import cli
+from ril_engine.errors import exit_code
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -20,13 +25,13 @@ teacher_sft: {{steps: 2, batch_size: 8, learning_rate: 2.0e-3}}
 sampling: {{max_new_tokens: 8, batch_size: 64}}
 responses: {{per_question: 2}}
 discriminator: {{pretrain: {{steps: 2, batch_size: 8, learning_rate: 3.0e-4}}, learning_rate: 1.0e-4}}
-rl: {{steps: 2, questions_per_step: 4, learning_rate: 1.0e-4, updates_per_step: 2, samples_every: 1}}
+rl: {{steps: 2, questions_per_step: 4, learning_rate: 1.0e-4, updates_per_step: 2, samples_every: 1, save_every: 1}}
 """
 
 
-def run(config: Path, *more: str, ranks: int = 1) -> subprocess.CompletedProcess:
+def run(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
     launcher = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", "29711", "ril_engine/train.py"]
-    return subprocess.run([*launcher, "--config", config, *more], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    return subprocess.run([*launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def last_json(done: subprocess.CompletedProcess) -> dict:
@@ -41,21 +46,51 @@ def metrics(result: dict) -> list[dict]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
-@pytest.mark.distributed
-def test_two_ranks_train_and_a_second_run_reuses_the_stages(tmp_path):
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two ranks from nothing: its config file, its stages with their times, its result."""
+    folder = tmp_path_factory.mktemp("job")
+    config = folder / "config.yaml"
+    config.write_text(SETTINGS.format(work_dir=folder / "runs"))
+    result = last_json(run("--config", config, ranks=2))
+    return config, stage_times(folder), result
 
-    config = tmp_path / "config.yaml"
-    config.write_text(SETTINGS.format(work_dir=tmp_path / "runs"))
-    first = last_json(run(config, ranks=2))
-    stages = {path: (path / "done.json").stat().st_mtime_ns for path in (tmp_path / "runs" / "stages").iterdir()}
+
+def stage_times(folder: Path) -> dict[Path, int]:
+    return {path: (path / "done.json").stat().st_mtime_ns for path in (folder / "runs" / "stages").iterdir()}
+
+
+@pytest.mark.distributed
+def test_one_rank_computes_what_two_do_and_reuses_the_stages(finished):
+    config, stages, first = finished
     assert len(stages) == 8
-    second = last_json(run(config, ranks=2))
-    assert {path: (path / "done.json").stat().st_mtime_ns for path in stages} == stages
+    second = last_json(run("--config", config))
+    assert stage_times(config.parent) == stages
     assert second["run_dir"] != first["run_dir"]
-    assert metrics(second) == metrics(first) and len(metrics(first)) == 2
+    assert len(metrics(first)) == len(metrics(second)) == 2
+    for one, two in zip(metrics(first), metrics(second), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
     assert second["evaluation"] == first["evaluation"]
 
+
+@pytest.mark.distributed
+def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
+    first = finished[2]
+    stopped = tmp_path / "stopped"
+    shutil.copytree(first["run_dir"], stopped)
+    (stopped / "result.json").unlink()  # as if it had died in step 2; the checkpoint is of step 1
+    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000001"]
+    (stopped / "metrics.jsonl").write_text((stopped / "metrics.jsonl").read_text()[:-40])
+    resumed = last_json(run("--resume", stopped, ranks=2))
+    assert metrics(resumed) == metrics(first)
+    assert resumed["evaluation"] == first["evaluation"] and resumed["run_dir"] == str(stopped)
+
+
+@pytest.mark.distributed
+def test_what_a_run_leaves(finished):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, stages, first = finished
     rows = (Path(first["run_dir"]) / "samples.jsonl").read_text().splitlines()
     sources = [each["source"] for each in json.loads(rows[0])["responses"]]
     assert sorted(sources) == ["internvl"] * 2 + ["qwen"] * 2 + ["student"] * 4
@@ -70,12 +105,100 @@ def test_two_ranks_train_and_a_second_run_reuses_the_stages(tmp_path):
     assert moved and not any("visual" in name for name in moved)  # the vision tower is frozen by default
 
 
+@pytest.fixture
+def ril(capfd, alone):
+    """Run `ril ...` in this process; returns the exit code, the last line of stdout and stderr."""
+
+    def call(*arguments: str | Path):
+        parsed = cli._parser().parse_args([*map(str, arguments)])
+        code = exit_code(lambda: cli._run(parsed))
+        out, err = capfd.readouterr()
+        return code, out.rstrip().splitlines()[-1:], err
+
+    return call
+
+
+def test_every_subcommand_ends_with_its_results(finished, ril):
+    config, stages, first = finished
+    keys = {"data": "questions", "sft": "student", "responses": "accuracy", "discriminator": "held_out_accuracy"}
+    for command, key in keys.items():
+        code, (line,), _ = ril(command, "--config", config)
+        assert code == 0 and key in json.loads(line)
+    code, (line,), _ = ril("evaluate", "--config", config, "--student", first["student"])
+    assert json.loads(line).items() >= first["evaluation"]["after"].items()
+    _, (line,), _ = ril("evaluate", "--config", config, "--set", "evaluation.split=validation")
+    assert json.loads(line)["questions"] == 9
+    report = Path(first["report"])
+    report.unlink()
+    code, (line,), _ = ril("report", first["run_dir"])
+    assert code == 0 and json.loads(line) == {"report": str(report)} and report.exists()
+    assert stage_times(config.parent) == stages
+
+
+def test_a_stage_needs_free_disk(ril, tmp_path):
+    settings = ("--set", f"work_dir={tmp_path}", "--set", "min_free_disk_gib=1e9")
+    code, _, err = ril("data", "--config", ROOT / "configs/digits.yaml", *settings)
+    assert code == 2 and err.count("\n") == 1
+    assert re.match(
+        r"error: work_dir .*: no free disk, .* GiB left, expected min_free_disk_gib 1e\+09 or more; free", err
+    )
+
+
+def test_a_disk_that_fills_up_is_one_line(finished, ril):
+    report = Path(finished[2]["report"])
+    kept = report.rename(report.with_suffix(".kept"))
+    report.symlink_to("/dev/full")
+    code, _, err = ril("report", finished[2]["run_dir"])
+    report.unlink()
+    kept.rename(report)
+    assert code == 2 and re.search(r"^error: no free disk.*No space left on device.*; free some space", err, re.M)
+
+
+QUESTION = {"id": "a", "question": "What is it?", "answer": "7"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("", "error: data .*train.jsonl: no rows; expected one JSON object per line"),
+        ([{"id": "a", "question": "What is it?"}], "error: data .*train.jsonl, line 1: no 'answer'; every line needs"),
+        ([QUESTION, {**QUESTION, "answer": " "}], "error: data .*train.jsonl, line 2: no 'answer'"),
+        ("{", "error: data .*train.jsonl, line 1: not JSON"),
+        ([{**QUESTION, "image": "a.png"}], "error: image .*a.png: not a readable picture; expected PNG, JPEG or WebP"),
+        ([{**QUESTION, "image": "no.png"}], "error: image .*no.png: no such file; its question names it"),
+        ([{**QUESTION, "image": "../a.png"}], "error: image '../a.png': outside the dataset folder"),
+    ],
+)
+def test_bad_data_is_one_line_and_a_failure(finished, ril, tmp_path, rows, message):
+    text = rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows)
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    (tmp_path / "a.png").write_text("no picture")
+    start = next(path for path in finished[1] if path.name.startswith("sft-"))
+    settings = (f"data.dir={tmp_path}", f"work_dir={tmp_path}", f"student.path={start}", "sft.steps=0")
+    code, _, err = ril(
+        "train",
+        "--config",
+        finished[0],
+        *(part for each in (*settings, "rl.algorithm=grpo") for part in ("--set", each)),
+    )
+    assert code == 2
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.match(message, errors[0]), err[-2000:]
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         (None, "error: config .*: No such file or directory"),
         ("rl: {stps: 1}", "error: config .*: unknown key rl.stps: did you mean 'steps'"),
         ("rl: {algorithm: dr_grpo}\ndata: {dir: /none}", "error: data /none/train.jsonl: No such file or directory"),
+        ("rl: {steps: 1", "error: config .*: malformed YAML at line 1"),
+        (
+            "rl: {algorithm: dr_grpo}\nsft: {steps: 0}\nstudent: {path: GPT}\ndata: {dir: DATA}",
+            "error: model .*: not loadable as an image-text-to-text checkpoint",
+        ),
         (
             "rl: {algorithm: dr_grpo}\nstudent: {path: 'tiny:nobody'}\nwork_dir: WORK\n"
             "data: {digits: {train_questions: 1, validation_questions: 1, test_questions: 1, sft_questions: 1}}",
@@ -84,11 +207,15 @@ def test_two_ranks_train_and_a_second_run_reuses_the_stages(tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
-    import re
-
     config = tmp_path / "config.yaml"
     if text is not None:
-        config.write_text(text.replace("WORK", str(tmp_path / "runs")))
+        for name in ("train", "test"):
+            (tmp_path / f"{name}.jsonl").write_text(json.dumps(QUESTION))
+        (tmp_path / "gpt").mkdir()
+        (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+        for name, path in (("WORK", tmp_path / "runs"), ("GPT", tmp_path / "gpt"), ("DATA", tmp_path)):
+            text = text.replace(name, str(path))
+        config.write_text(text)
     done = subprocess.run(
         [sys.executable, "ril_engine/train.py", "--config", config],
         cwd=ROOT,

@@ -1,0 +1,138 @@
+"""`ril`: one subcommand per stage of RIL. The last line on stdout is one JSON object with results and paths.
+
+Each builds what it needs and is missing, and reuses what is there. Several ranks:
+`deepspeed --module ril_engine.cli sft --config configs/digits.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ril_engine.errors import UserError, exit_code, leave
+
+
+def _data(config, _) -> dict:
+    from ril_engine import stages
+
+    folder, _ = stages.data(config)
+    return {"data": str(folder), "questions": len(stages.read_jsonl(folder / "train.jsonl", ("id",)))}
+
+
+def _sft(config, _) -> dict:
+    from ril_engine import stages
+
+    return {"student": stages.sft(config, *stages.data(config))[0]}
+
+
+def _responses(config, _) -> dict:
+    from ril_engine import stages
+
+    data_dir, data_key = stages.data(config)
+    student_path, student_key = stages.sft(config, data_dir, data_key)
+    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
+    accuracy = {}
+    for source, path in files.items():
+        rewards = [row["answer_reward"] for row in stages.read_jsonl(path, ("id",))]
+        accuracy[source] = sum(rewards) / len(rewards)
+    return {"responses": {source: str(path) for source, path in files.items()}, "accuracy": accuracy}
+
+
+def _discriminator(config, _) -> dict:
+    import json
+
+    from ril_engine import stages
+
+    data_dir, data_key = stages.data(config)
+    student_path, student_key = stages.sft(config, data_dir, data_key)
+    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
+    folder = stages.discriminator(config, student_path, files, student_key)
+    return {"discriminator": str(folder), **json.loads((folder / "metrics.json").read_text())}
+
+
+def _evaluate(config, arguments) -> dict:
+    from ril_engine import stages
+    from ril_engine.evaluation import evaluate
+    from ril_engine.models import Encoder, load
+
+    data_dir, data_key = stages.data(config)
+    path = arguments.student or stages.sft(config, data_dir, data_key)[0]
+    model, processor = load(config.student.model_copy(update={"path": path}))
+    encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
+    questions = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
+    questions = questions[: config.evaluation.questions or None]
+    result = evaluate(config, model, encoder, questions, f"evaluation of {path}")
+    return {"student": path, "split": config.evaluation.split, **result}
+
+
+def _report(arguments) -> dict:
+    import yaml
+
+    from ril_engine import stages
+    from ril_engine.config import Config
+    from ril_engine.report import write_report
+
+    settings = arguments.run_dir / "config.yaml"
+    if not settings.exists():
+        raise UserError(f"run {arguments.run_dir}: no config.yaml there; expected the folder of a run")
+    config = Config.model_validate(yaml.safe_load(settings.read_text()))
+    return {"report": str(write_report(arguments.run_dir, stages.data(config)[0]))}
+
+
+STAGES = {
+    "data": (_data, "build the digits task, or check a folder of data"),
+    "sft": (_sft, "supervised training of the student"),
+    "responses": (_responses, "saved responses of student and teachers, judged"),
+    "discriminator": (_discriminator, "pre-training of the discriminator on saved responses"),
+    "evaluate": (_evaluate, "accuracy of a student on held-out questions, greedy and sampled"),
+}
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `ril train` and train.py take."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="a YAML file, such as configs/digits.yaml")
+    source.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ril", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, text) in STAGES.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", required=True, help="a YAML file, such as configs/digits.yaml")
+        command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+        if name == "evaluate":
+            command.add_argument("--student", metavar="PATH", help="a checkpoint; default: the student after SFT")
+    train = commands.add_parser("train", help="everything above, then the RIL loop (train.py)")
+    add_run_arguments(train)
+    report = commands.add_parser("report", help="draw report.html of a run again")
+    report.add_argument("run_dir", type=Path)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> dict:
+    if arguments.command == "report":
+        return _report(arguments)
+    if arguments.command == "train":
+        from ril_engine.train import run
+
+        return run(arguments)
+    from ril_engine.config import load_config
+    from ril_engine.engine import init_distributed
+
+    config = load_config(arguments.config, arguments.set)
+    init_distributed()
+    return STAGES[arguments.command][0](config, arguments)
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    return leave(exit_code(lambda: _run(arguments)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

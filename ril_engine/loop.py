@@ -1,0 +1,260 @@
+"""Algorithm 2 of RIL (arXiv 2510.19307): one step, phase by phase.
+
+N = responses of a step on this rank: its questions x G of the student (+ G of the teachers).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ril_engine import stages
+from ril_engine.config import Config
+from ril_engine.engine import Engine
+from ril_engine.models import Encoder, generate, load, uniforms
+from ril_engine.policy import Policy, encode_for_discriminator
+from ril_engine.rewards import answer_reward
+from ril_engine.runlog import PhaseTimer
+from ril_kernels import discriminator_loss, group_advantages, similarity_reward
+
+# A mean over this rank's share where all shares are equal; (sum, count) where they are not.
+Metric = float | tuple[float, float]
+
+
+class Loop:
+    """Algorithm 2: what the steps share, and one method per phase of a step."""
+
+    def __init__(self, config: Config, data_dir: Path, student_path: str, saved: dict[str, list], d_path: Path | None):
+        rl = config.rl
+        self.config, self.saved = config, saved
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        start = config.student.model_copy(update={"path": student_path})
+        model, processor = load(start)
+        if not rl.train_vision_tower:
+            model.model.get_submodule(_vision_name(model)).requires_grad_(False)
+        self.policy = Policy(model)
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if rl.beta > 0 else None
+        self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
+        self.student = Engine(
+            self.policy,
+            config=config.deepspeed,
+            steps=rl.steps * rl.updates_per_step,
+            **{name: getattr(rl, name) for name in ("learning_rate", "final_learning_rate", "warmup_steps")},
+            **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
+        )
+        self.engines = {"student": self.student}
+        self.discriminator = None
+        if d_path is not None:
+            from safetensors.torch import load_file
+
+            module, self.d_tokenizer = stages.new_discriminator(start)
+            module.load_state_dict(load_file(d_path / "discriminator.safetensors"))
+            settings = config.discriminator
+            names = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
+            self.discriminator = Engine(
+                module,
+                config=config.deepspeed,
+                steps=rl.steps * rl.updates_per_step,
+                **{name: getattr(settings, name) for name in names},
+            )
+            self.engines["discriminator"] = self.discriminator
+
+    def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
+        """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
+        config, group = self.config, self.config.rl.group_size
+        keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
+        self.policy.eval()
+        drawn = generate(
+            self.policy.model,
+            self.encoder,
+            [row for _, row in questions for _ in range(group)],
+            config.sampling,
+            uniforms=uniforms(config.seed, keys, config.sampling.max_new_tokens),
+            batch_size=config.sampling.batch_size,
+        )
+        responses = []
+        for slot, (number, row) in enumerate(questions):
+            for ids, truncated in drawn[slot * group : (slot + 1) * group]:
+                text = self.encoder.decode(ids)
+                reward = 0.0 if truncated else answer_reward(text, row["answer"])
+                ids = ids or self.encoder.eos_ids[:1]
+                responses.append(
+                    {"slot": slot, "row": row, "source": "student", "text": text, "ids": ids, "truncated": truncated}
+                    | {"answer_reward": reward}
+                )
+            if self.discriminator is not None:
+                responses += self._teachers(step, slot, number, row)
+        return responses
+
+    def _teachers(self, step: int, slot: int, number: int, row: dict) -> list[dict]:
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
+        names, group = [teacher.name for teacher in self.config.teachers], self.config.rl.group_size
+        order = torch.randperm(len(names), generator=generator).tolist()
+        chosen = []
+        for place, which in enumerate(order):  # floor or ceil of G / k each
+            count = group // len(names) + (place < group % len(names))
+            pool = self.saved[names[which]][row["id"]]
+            picks = torch.randperm(len(pool), generator=generator)[:count].tolist()
+            for i in picks:
+                ids = self.encoder.response(pool[i]["text"], eos=not pool[i]["truncated"])
+                record = {name: pool[i][name] for name in ("source", "text", "truncated", "answer_reward")}
+                chosen.append({"slot": slot, "row": row, "ids": ids or self.encoder.eos_ids[:1], **record})
+        return chosen
+
+    def update_discriminator(self, responses: list[dict]) -> dict[str, float]:
+        """mu updates on the 2G responses of each question: student = 1, teacher = 0."""
+        instruction = self.config.discriminator.instruction
+        inputs = encode_for_discriminator(self.d_tokenizer, instruction, [each["text"] for each in responses])
+        labels = torch.tensor([each["source"] == "student" for each in responses])
+        self.discriminator.module.train()
+        for update in range(self.config.rl.updates_per_step):
+            logits = self.discriminator(**inputs)
+            loss = discriminator_loss(logits, labels, norm=len(responses) * self.world)
+            self.discriminator.backward(loss, last=True)
+            norms = self.discriminator.step()
+            if update == 0:
+                accuracy = ((logits > 0) == labels).double().mean()
+                first = {"loss/discriminator": float(loss.detach()) * self.world}
+                first["discriminator/accuracy"] = float(accuracy)
+        self.discriminator.module.eval()
+        with torch.no_grad():
+            logits = self.discriminator.module(**inputs)
+        for each, reward, score in zip(
+            responses, similarity_reward(logits).tolist(), logits.sigmoid().tolist(), strict=True
+        ):
+            each["similarity_reward"], each["score"] = reward, score
+        return {**first, "grad_norm/discriminator": norms["grad_norm"]}
+
+    def advantages(self, responses: list[dict]) -> torch.Tensor:
+        """(N,) group advantages of R = R_sim + R_ans over all responses of a question."""
+        rewards = torch.tensor([each["answer_reward"] + each.get("similarity_reward", 0.0) for each in responses])
+        groups = torch.tensor([each["slot"] for each in responses])
+        kind = "grpo" if self.config.rl.algorithm == "grpo" else "dr_grpo"
+        return group_advantages(rewards, groups, kind=kind)
+
+    def update_policy(self, responses: list[dict], advantages: torch.Tensor, timer: PhaseTimer) -> dict[str, Metric]:
+        """mu updates of the student. With mu > 1 the first pass's own log-probs are the behaviour policy's."""
+        rl, size = self.config.rl, self.config.rl.micro_batch_size
+        per_question = len(responses) // max(1, rl.questions_per_step // self.world)
+        count, limit = per_question * rl.questions_per_step, self.config.sampling.max_new_tokens
+        on_student = rl.kl_on == "student"
+        kl_count = rl.group_size * rl.questions_per_step if on_student else count
+        per_token = 1 if rl.algorithm == "grpo" else limit
+        norm = rl.policy_denominator or count * per_token
+        kl_norm = rl.kl_denominator or kl_count * per_token
+        parts = [range(i, min(i + size, len(responses))) for i in range(0, len(responses), size)]
+        prepared = []
+        for part in parts:
+            some = [responses[i] for i in part]
+            batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some])
+            settings = {"advantages": advantages[part.start : part.stop], "norm": norm, "beta": rl.beta}
+            settings |= {"clip_low": rl.clip_low, "clip_high": rl.clip_high}
+            settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
+            keep = torch.tensor([not (rl.mask_truncated and each["truncated"]) for each in some])
+            settings["mask"] = keep[batch.response_index]
+            if self.reference is not None:
+                own = torch.tensor([not on_student or each["source"] == "student" for each in some])
+                with timer.phase("reference"), torch.no_grad():
+                    settings["reference_logprobs"] = self.reference(batch)
+                settings |= {"kl_mask": settings["mask"] & own[batch.response_index], "kl_norm": kl_norm}
+            prepared.append((batch, settings))
+        self.policy.train()
+        out: dict[str, Metric] = {}
+        for update in range(rl.updates_per_step):
+            metrics, total = [], 0.0
+            for batch, settings in prepared:
+                loss, record = self.student(batch, **settings)
+                self.student.backward(loss, last=batch is prepared[-1][0])
+                if update == 0 and rl.updates_per_step > 1:
+                    settings["behavior_logprobs"] = record.logprobs
+                metrics.append(record)
+                total += float(loss.detach())
+            norms = self.student.step()
+            tokens = sum(int(m.num_tokens) for m in metrics)
+            mean = {
+                name: (sum(float(getattr(m, field)) * int(m.num_tokens) for m in metrics), tokens)
+                for name, field in (
+                    ("entropy", "entropy"),
+                    ("clip/low", "clip_low_fraction"),
+                    ("clip/high", "clip_high_fraction"),
+                )
+            }
+            mean["ratio/max"] = max(float(m.ratio_max) for m in metrics)
+            if self.reference is not None:
+                kl_tokens = sum(int(m.num_kl_tokens) for m in metrics)
+                mean["kl"] = (sum(float(m.kl) * int(m.num_kl_tokens) for m in metrics), kl_tokens)
+            out = {"loss/policy": total * self.world, "tokens": tokens, **mean}
+            out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
+        return out
+
+    def step(
+        self, step: int, questions: list[tuple[int, dict]], timer: PhaseTimer
+    ) -> tuple[dict[str, Metric], list[dict]]:
+        """One step of Algorithm 2 on this rank's questions: sample, update D, score, update the student."""
+        with timer.phase("rollout"):
+            responses = self.rollout(step, questions)
+        metrics: dict[str, Metric] = {}
+        if self.discriminator is not None:
+            with timer.phase("discriminator"):
+                metrics |= self.update_discriminator(responses)
+        advantages = self.advantages(responses)
+        for each, advantage in zip(responses, advantages.tolist(), strict=True):
+            each["advantage"] = advantage
+        with timer.phase("policy"):
+            metrics |= self.update_policy(responses, advantages, timer)
+        return metrics | _describe(responses, advantages), responses
+
+
+def _vision_name(model) -> str:
+    return next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
+
+
+def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metric]:
+    def mean(values: list[float]) -> float:
+        return sum(values) / max(1, len(values))
+
+    out: dict[str, Metric] = {"advantage/spread": (float(advantages.square().sum()), len(advantages))}
+    by_slot: dict[int, list[float]] = {}
+    for each in responses:
+        by_slot.setdefault(each["slot"], []).append(abs(each["advantage"]))
+    out["zero_advantage_groups"] = mean([float(max(values) == 0) for values in by_slot.values()])
+    for side in ("student", "teacher"):
+        some = [each for each in responses if (each["source"] == "student") == (side == "student")]
+        if some:
+            out[f"reward/{side}_answer"] = mean([each["answer_reward"] for each in some])
+            out[f"length/{side}"] = mean([len(each["ids"]) for each in some])
+            if "score" in some[0]:
+                out[f"reward/{side}_similarity"] = mean([each["similarity_reward"] for each in some])
+                out[f"discriminator/{side}_score"] = mean([each["score"] for each in some])
+    own = [each for each in responses if each["source"] == "student"]
+    out["truncated"] = mean([float(each["truncated"]) for each in own])
+    return out
+
+
+def average(metrics: dict[str, Metric]) -> dict[str, float]:
+    """Over all ranks, once per step. Advantages have mean 0, so their spread is the root of their mean square."""
+    names = sorted(metrics)
+    pairs = [value if isinstance(value, tuple) else (value, 1) for value in (metrics[name] for name in names)]
+    sums = torch.tensor(pairs, dtype=torch.float64)
+    largest = sums[:, 0].clone()
+    dist.all_reduce(sums)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    out = dict(zip(names, (sums[:, 0] / sums[:, 1].clamp(min=1)).tolist(), strict=True))
+    out["tokens"] = float(sums[names.index("tokens"), 0])
+    out["ratio/max"] = float(largest[names.index("ratio/max")])
+    return out | {"advantage/spread": math.sqrt(out["advantage/spread"])}
+
+
+def scheduled(config: Config, rows: list[dict], step: int) -> list[int]:
+    """The questions of a step: an order per epoch that depends on the seed only."""
+    need = config.rl.questions_per_step
+    picks = []
+    for place in range(step * need, (step + 1) * need):
+        epoch, offset = divmod(place, len(rows))
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + epoch)
+        picks.append(int(torch.randperm(len(rows), generator=generator)[offset]))
+    return picks

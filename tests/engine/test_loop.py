@@ -1,0 +1,147 @@
+"""One step of Algorithm 2 with real engines: labels, micro-batches, averages, checkpoints."""
+
+import json
+
+import pytest
+import torch
+
+from ril_engine import checkpoints, digits, stages, tiny_models
+from ril_engine.config import Config, ModelConfig
+from ril_engine.errors import UserError
+from ril_engine.loop import Loop, average, scheduled
+from ril_engine.runlog import PhaseTimer
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, alone):
+    """A student, data, saved responses of two teachers and a fresh D, in a job of one rank."""
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("job")
+    settings = {
+        "work_dir": folder / "runs",
+        "teachers": [{"name": "a", "path": "tiny:qwen_teacher"}, {"name": "b", "path": "tiny:internvl_teacher"}],
+        "sampling": {"max_new_tokens": 6},
+        "rl": {"steps": 4, "questions_per_step": 3, "learning_rate": 1e-3, "updates_per_step": 2, "beta": 0.1},
+        "discriminator": {"learning_rate": 2e-3},
+        "data": {"digits": {"train_questions": 9, "validation_questions": 1, "test_questions": 1, "sft_questions": 4}},
+    }
+    config = Config.model_validate(settings)
+    student, data_dir, d_path = folder / "student", folder / "data", folder / "d"
+    data_dir.mkdir()
+    d_path.mkdir()
+    tiny_models.build(student, "tiny:student", [config.discriminator.instruction], 0)
+    digits.build(data_dir, config.data.digits, {})
+    rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
+    saved: dict = {}
+    for name, style in (("a", "formula"), ("b", "words")):
+        for row in rows:
+            text = digits.reasoned_answer(row["kind"], *row["digits"], row["n"], style)
+            record = {"source": name, "text": text, "truncated": False, "answer_reward": 1.0}
+            saved.setdefault(name, {})[row["id"]] = [record] * 4
+    module, _ = stages.new_discriminator(ModelConfig(path=str(student)))
+    save_file({k: v.clone() for k, v in module.state_dict().items()}, d_path / "discriminator.safetensors")
+
+    def make(**rl) -> Loop:
+        changed = Config.model_validate({**settings, "rl": {**settings["rl"], **rl}})
+        return Loop(changed, data_dir, str(student), saved, d_path)
+
+    return make, list(enumerate(rows))[:3]
+
+
+def test_the_policy_gradient_does_not_depend_on_the_micro_batch(job):
+    make, questions = job
+    gradients, losses = [], []
+    for size in (64, 5, 1):
+        loop = make(micro_batch_size=size, updates_per_step=1)
+        responses = loop.rollout(0, questions)
+        advantages = torch.linspace(-1, 1, len(responses))  # random students are all wrong: no spread of their own
+
+        def keep(loop=loop):
+            gradients.append({n: p.grad.clone() for n, p in loop.policy.named_parameters() if p.grad is not None})
+            return {"grad_norm": 0.0, "learning_rate": 0.0}
+
+        loop.student.step = keep
+        losses.append(loop.update_policy(responses, advantages, PhaseTimer())["loss/policy"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-7) and abs(losses[0]) > 1e-4
+    for other in gradients[1:]:
+        assert other.keys() == gradients[0].keys()
+        for name, gradient in gradients[0].items():
+            torch.testing.assert_close(other[name], gradient, atol=2e-7, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in gradients[0].values()) > 1e-4
+
+
+def test_d_learns_that_the_student_is_1_and_pays_for_teacher_text(job):
+    make, questions = job
+    loop = make()
+    responses = loop.rollout(0, questions)
+    assert [each["source"] == "student" for each in responses] == ([True] * 4 + [False] * 4) * 3
+    for _ in range(15):
+        metrics = loop.update_discriminator(responses)
+    assert metrics["discriminator/accuracy"] == 1.0
+    for each in responses:
+        own = each["source"] == "student"
+        assert (each["score"] > 0.5) == own and each["similarity_reward"] == (0.0 if own else 1.0)
+    # R = R_sim + R_ans: all student's rewards are below all teachers', and groups sum to 0.
+    advantages = loop.advantages(responses)
+    own = torch.tensor([each["source"] == "student" for each in responses])
+    assert (advantages[own] < 0).all() and (advantages[~own] > 0).all()
+    assert advantages.view(3, 8).sum(1).abs().max() < 1e-6
+
+
+def test_teacher_answers_are_imitated(job):
+    make, questions = job
+    loop = make(beta=0.0)
+    metrics = []
+    for step in range(4):
+        step_metrics, responses = loop.step(step, questions, PhaseTimer())
+        metrics.append(average(step_metrics))
+    assert responses[4]["source"] in "ab"
+    batch = loop.encoder.batch([each["row"] for each in responses], [each["ids"] for each in responses])
+    before = make()
+    with torch.no_grad():
+        gain = loop.policy(batch) - before.policy(batch)
+    from_teacher = torch.tensor([each["source"] != "student" for each in responses])[batch.response_index]
+    assert gain[from_teacher].mean() > 0.1
+    assert metrics[0]["reward/teacher_answer"] == 1.0 and metrics[0]["length/student"] <= 6
+
+
+@pytest.mark.usefixtures("job")
+def test_metrics_are_averaged_by_what_they_count():
+    means = average({"tokens": 7, "ratio/max": 1.5, "advantage/spread": (8.0, 2), "kl": (6.0, 4), "truncated": 0.25})
+    expected = {"tokens": 7.0, "ratio/max": 1.5, "advantage/spread": 2.0, "kl": 1.5, "truncated": 0.25}
+    assert means == expected
+
+
+def test_every_question_comes_once_per_epoch(job):
+    config, rows = job[0]().config, [{}] * 9
+    epoch = [pick for step in range(3) for pick in scheduled(config, rows, step)]
+    assert sorted(epoch) == list(range(9))
+    assert epoch != [pick for step in range(3, 6) for pick in scheduled(config, rows, step)]
+
+
+def test_a_checkpoint_brings_both_engines_back(job, tmp_path):
+    make, questions = job
+    loop = make()
+    loop.step(0, questions, PhaseTimer())
+    (tmp_path / "config.yaml").touch()
+    checkpoints.save(tmp_path, 1, loop.engines, {"greedy": 0.5})
+    expected = average(loop.step(1, questions, PhaseTimer())[0])
+    fresh = make()
+    assert checkpoints.load(tmp_path, fresh.engines) == (1, {"greedy": 0.5})
+    got = average(fresh.step(1, questions, PhaseTimer())[0])
+    assert got == expected
+    checkpoints.save(tmp_path, 2, fresh.engines, {"greedy": 0.5})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_what_cannot_be_resumed_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"no config.yaml there; expected the folder of a run"):
+        checkpoints.latest(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "checkpoints" / "partial").mkdir(parents=True)  # a crash while saving
+    with pytest.raises(UserError, match=r"no checkpoint was saved \(rl.save_every\)"):
+        checkpoints.latest(tmp_path)
+    (tmp_path / "result.json").touch()
+    with pytest.raises(UserError, match="this run has ended"):
+        checkpoints.latest(tmp_path)
