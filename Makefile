@@ -8,7 +8,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(wildcard kernels/ril_kernels/*.cpp ker
 CONFIG ?= configs/digits.yaml
 RANKS ?= 2
 
-.PHONY: setup train test lint
+.PHONY: setup train test bench lint
 setup: $(STAMP)
 
 $(VENV)/.locked: requirements.lock
@@ -19,15 +19,20 @@ $(VENV)/.locked: requirements.lock
 
 $(STAMP): $(VENV)/.locked $(NATIVE)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
+	@echo "DeepSpeed compiles one small op at its first start on a CPU: up to three minutes, once."
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "from ril_engine.engine import init_distributed; init_distributed()"
 	touch $@
 
 train: setup
-	@echo "DeepSpeed compiles one small op at its first start, up to three minutes."
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --num_accelerators $(RANKS) ril_engine/train.py --config $(CONFIG)
 
 test: setup
 	$(BIN)/python -m pytest
 
+bench: setup
+	$(BIN)/python -m benchmarks run
+	$(BIN)/python -m benchmarks report
+
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check kernels ril_engine tests
+	$(BIN)/ruff format --check benchmarks kernels ril_engine tests

@@ -80,6 +80,12 @@ def _report(arguments) -> dict:
     return {"report": str(write_report(arguments.run_dir, stages.data(config)[0]))}
 
 
+def _compare(arguments) -> dict:
+    from ril_engine.evaluation import compare
+
+    return compare(arguments.runs, arguments.against)
+
+
 STAGES = {
     "data": (_data, "build the digits task, or check a folder of data"),
     "sft": (_sft, "supervised training of the student"),
@@ -110,13 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     add_run_arguments(train)
     report = commands.add_parser("report", help="draw report.html of a run again")
     report.add_argument("run_dir", type=Path)
+    compare = commands.add_parser("compare", help="held-out accuracy of runs against others, with an interval")
+    compare.add_argument("--runs", nargs="+", required=True, type=Path, metavar="RUN_DIR")
+    compare.add_argument("--against", nargs="+", required=True, type=Path, metavar="RUN_DIR")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher passes it
     return parser
 
 
 def _run(arguments: argparse.Namespace) -> dict:
-    if arguments.command == "report":
-        return _report(arguments)
+    if arguments.command in ("report", "compare"):
+        return {"report": _report, "compare": _compare}[arguments.command](arguments)
     if arguments.command == "train":
         from ril_engine.train import run
 

@@ -31,10 +31,7 @@ class DigitsConfig(Section):
     test_digits: Count = Field(400, description="source digits only seen in test pictures")
     sft_questions: Count = Field(12000, description="rows of instruction data")
     sft_perception_share: Share = Field(0.2, description="of the SFT rows that only ask for the digits")
-    sft_calculation_share: Share = Field(0.4, description="of the SFT rows that ask for a sum or product")
-    sft_reasoned_share: Share = Field(
-        0.2, description="of the student's SFT rows about what is seen (left, right, larger, smaller) that reason"
-    )
+    sft_reasoned_share: Share = Field(0.2, description="of the student's other SFT rows that reason; the rest is terse")
 
 
 class DataConfig(Section):
@@ -101,9 +98,10 @@ class DiscriminatorConfig(Section):
 
 
 class RLConfig(Section):
-    algorithm: Literal["ril", "dr_grpo", "grpo"] = Field(
+    algorithm: Literal["ril", "dr_grpo", "grpo", "sft"] = Field(
         "ril",
-        description="ril: with teachers and D; dr_grpo and grpo: the student's own responses, answer reward only",
+        description="ril: with teachers and D; dr_grpo and grpo: the student's own responses, answer reward only; "
+        "sft: imitation of the same G saved teacher responses per question, without rewards",
     )
     steps: Count = Field(400)
     questions_per_step: Count = Field(16, description="Q, over all ranks")
@@ -160,17 +158,21 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self):
-        if self.rl.algorithm == "ril" and not self.teachers:
-            raise ValueError("teachers is empty, but rl.algorithm is ril: name a teacher or set rl.algorithm: dr_grpo")
+        taught = self.rl.algorithm in ("ril", "sft")
+        if taught and not self.teachers:
+            raise ValueError(
+                f"teachers is empty, but rl.algorithm is {self.rl.algorithm}: name a teacher or set rl.algorithm: "
+                "dr_grpo"
+            )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
-        if self.rl.algorithm == "ril" and self.responses.per_question * len(names) < self.rl.group_size:
+        if taught and self.responses.per_question * len(names) < self.rl.group_size:
             raise ValueError(
                 f"responses.per_question is {self.responses.per_question} for each of {len(names)} teachers, fewer "
                 f"than rl.group_size {self.rl.group_size}: raise responses.per_question"
             )
-        if self.rl.group_size < 2 and self.rl.algorithm != "ril":
+        if self.rl.group_size < 2 and not taught:
             raise ValueError(f"rl.group_size is 1: {self.rl.algorithm} needs at least 2 responses per question")
         return self
 

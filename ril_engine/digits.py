@@ -4,10 +4,10 @@ The digits are scikit-learn's (1,797 scans of 8 x 8 pixels, UCI ML repository). 
 into train, validation and test before any picture is made, so no held-out picture shows a scan seen in training.
 
 Two manners of answering are defined here: the bare answer, and reasoning in words before it. Teachers are trained to
-reason about everything. The student's instruction data reasons about the plain calculations, answers the questions
-about what is seen barely (with a share of reasoning), and the hard kinds always barely. Those name a number N, and two
-digits and N have 500 combinations: too many to know by heart, but two plain calculations in a row. So the student sees
-well, can calculate, and answers the hard kinds badly: what is left to learn is the teachers' manner.
+reason always, the student mostly to give the bare answer. Four kinds of question name two numbers and ask for the last
+digit of a calculation: 6,400 combinations of which each kind has some 800 in the instruction data, so that no bare
+answer can be known by heart or guessed from a near one, while in words it is three plain calculations of one digit
+each. So the student sees and calculates well and answers those badly: what is left to learn is the teachers' manner.
 """
 
 from __future__ import annotations
@@ -30,39 +30,53 @@ QUESTIONS: dict[str, str] = {
     "smaller": "Which digit is smaller?",
     "sum": "What is the sum of the digits?",
     "product": "What is the product of the digits?",
-    "product_plus_n": "What is the product of the digits plus {n}?",
-    "sum_times_n": "What is the sum of the digits times {n}?",
-    "n_left_plus_right": "What is {n} times the left digit plus the right digit?",
-    "left_plus_n_right": "What is the left digit plus {n} times the right digit?",
+    "product_chain": "What is the last digit of the product of the digits times {n} plus {m}?",
+    "sum_chain": "What is the last digit of the sum of the digits times {n} plus {m}?",
+    "weighted_sum": "What is the last digit of {n} times the left digit plus {m} times the right digit?",
+    "left_chain": "What is the last digit of {n} times the left digit plus the right digit plus {m}?",
 }
 KINDS = tuple(QUESTIONS)
-SEEN_KINDS, CALCULATED_KINDS, HARD_KINDS = KINDS[:4], KINDS[4:6], KINDS[6:]
 # SFT only: it asks for both digits in order, which teaches the student to tell left from right.
 PERCEPTION = "perception"
 PERCEPTION_QUESTION = "Which digits does the picture show?"
-NUMBERS = range(2, 7)
+NUMBERS = range(2, 10)
 STYLES = ("formula", "words")
 
 _OPERATIONS = {"+": (operator.add, "plus"), "*": (operator.mul, "times")}
 
 
-def _calculations(kind: str, left: int, right: int, n: int) -> list[tuple[int, str, int]]:
-    """What a question of `kind` asks for, as calculations in order; the last one's result is the answer."""
-    return {
-        "sum": [(left, "+", right)],
-        "product": [(left, "*", right)],
-        "product_plus_n": [(left, "*", right), (left * right, "+", n)],
-        "sum_times_n": [(left, "+", right), (left + right, "*", n)],
-        "n_left_plus_right": [(n, "*", left), (n * left, "+", right)],
-        "left_plus_n_right": [(n, "*", right), (left, "+", n * right)],
-    }.get(kind, [])
+def _calculations(kind: str, left: int, right: int, n: int, m: int) -> list[tuple[int, str, int, int]]:
+    """(a, sign, b, result) of each calculation in order. Only last digits matter in the long ones, so they go on."""
+
+    def step(a: int, sign: str, b: int) -> tuple[int, str, int, int]:
+        return a, sign, b, _OPERATIONS[sign][0](a, b)
+
+    def chain(first: tuple, *rest: tuple[str, int]) -> list[tuple]:
+        work = [first]
+        for sign, b in rest:
+            work.append(step(work[-1][3] % 10, sign, b))
+        return work
+
+    if kind == "sum":
+        return [step(left, "+", right)]
+    if kind == "product":
+        return [step(left, "*", right)]
+    if kind == "product_chain":
+        return chain(step(left, "*", right), ("*", n), ("+", m))
+    if kind == "sum_chain":
+        return chain(step(left, "+", right), ("*", n), ("+", m))
+    if kind == "left_chain":
+        return chain(step(n, "*", left), ("+", right), ("+", m))
+    if kind == "weighted_sum":
+        one, two = step(n, "*", left), step(m, "*", right)
+        return [one, two, step(one[3] % 10, "+", two[3] % 10)]
+    return []
 
 
-def answer(kind: str, left: int, right: int, n: int) -> str:
-    """The reference answer to a question of `kind` and number `n` about a picture of `left` and `right`."""
-    if calculations := _calculations(kind, left, right, n):
-        first, sign, second = calculations[-1]
-        return str(_OPERATIONS[sign][0](first, second))
+def answer(kind: str, left: int, right: int, n: int, m: int) -> str:
+    """The reference answer to a question of `kind` with the numbers n and m about a picture of `left` and `right`."""
+    if work := _calculations(kind, left, right, n, m):
+        return str(work[-1][3] % 10 if len(work) > 1 else work[-1][3])
     return {
         PERCEPTION: f"{left} {right}",
         "left": str(left),
@@ -72,10 +86,9 @@ def answer(kind: str, left: int, right: int, n: int) -> str:
     }[kind]
 
 
-def reasoned_answer(kind: str, left: int, right: int, n: int, style: str) -> str:
+def reasoned_answer(kind: str, left: int, right: int, n: int, m: int, style: str) -> str:
     """How a teacher answers: what it sees, the calculations, the answer. Two styles, "formula" and "words"."""
-    result = answer(kind, left, right, n)
-    work = [(a, sign, b, _OPERATIONS[sign][0](a, b)) for a, sign, b in _calculations(kind, left, right, n)]
+    result, work = answer(kind, left, right, n, m), _calculations(kind, left, right, n, m)
     if style == "formula":
         shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
         return f"I see {left} and {right}. {shown + '. ' if work else ''}The answer is {result}."
@@ -117,18 +130,18 @@ def _rows(split: str, count: int, kinds: tuple[str, ...], scans, folder: Path, s
     (folder / "images" / split).mkdir(parents=True)
     for number in range(count):
         pair = [scans[i] for i in rng.integers(0, len(scans), size=2)]
-        kind, n = kinds[number % len(kinds)], int(rng.choice(NUMBERS))
+        kind, (n, m) = kinds[number % len(kinds)], rng.choice(NUMBERS, size=2).tolist()
         left, right = pair[0][1], pair[1][1]
         image = f"images/{split}/{number:05d}.png"
         render(pair, rng).save(folder / image)
         yield {
             "id": f"{split}-{number:05d}",
             "image": image,
-            "question": QUESTIONS.get(kind, PERCEPTION_QUESTION).format(n=n),
-            "answer": answer(kind, left, right, n),
+            "question": QUESTIONS.get(kind, PERCEPTION_QUESTION).format(n=n, m=m),
+            "answer": answer(kind, left, right, n, m),
             "kind": kind,
             "digits": [left, right],
-            "n": n,
+            "numbers": [n, m],
         }
 
 
@@ -150,27 +163,19 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
 
     rng = np.random.default_rng([config.seed, 1])
     perception = int(config.sft_questions * config.sft_perception_share)
-    calculated = int(config.sft_questions * config.sft_calculation_share)
-    parts = {
-        "sft": (config.sft_questions - perception - calculated, (*SEEN_KINDS, *HARD_KINDS)),
-        "calculation": (calculated, CALCULATED_KINDS),
-        "perception": (perception, (PERCEPTION,)),
-    }
-    rows = []
-    for part, (count, kinds) in parts.items():
-        rows += _rows(part, count, kinds, scans["train"], folder, config.seed)
+    rows = list(_rows("sft", config.sft_questions - perception, KINDS, scans["train"], folder, config.seed))
+    rows += _rows("perception", perception, (PERCEPTION,), scans["train"], folder, config.seed)
     student = []
     for row in rows:
-        share = {**dict.fromkeys(SEEN_KINDS, config.sft_reasoned_share), **dict.fromkeys(CALCULATED_KINDS, 1.0)}
-        reasoned = rng.random() < share.get(row["kind"], 0.0)
+        reasoned = row["kind"] != PERCEPTION and rng.random() < config.sft_reasoned_share
         style = STYLES[int(rng.integers(len(STYLES)))]
-        text = reasoned_answer(row["kind"], *row["digits"], row["n"], style) if reasoned else row["answer"]
+        text = reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style) if reasoned else row["answer"]
         student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)
     for name, style in styles.items():
         write_jsonl(
             folder / f"sft_{name}.jsonl",
-            ({**row, "response": reasoned_answer(row["kind"], *row["digits"], row["n"], style)} for row in rows),
+            ({**row, "response": reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)} for row in rows),
         )
 
 
@@ -183,10 +188,10 @@ def write_jsonl(path: Path, rows) -> None:
 def corpus() -> list[str]:
     """Every sentence of the task once per digit pair: what the tiny tokenizers are trained on."""
     lines = ["user", "assistant", "system", PERCEPTION_QUESTION] * 20
-    lines += [question.format(n=n) for question in QUESTIONS.values() for n in NUMBERS] * 3
+    lines += [question.format(n=n, m=12 - n) for question in QUESTIONS.values() for n in NUMBERS] * 3
     for left in range(10):
         for right in range(10):
             for kind in KINDS:
-                case = (kind, left, right, NUMBERS[(left + right) % len(NUMBERS)])
+                case = (kind, left, right, *(NUMBERS[(left + k * right) % len(NUMBERS)] for k in (1, 2)))
                 lines += [answer(*case), *(reasoned_answer(*case, style) for style in STYLES)]
     return lines

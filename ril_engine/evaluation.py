@@ -1,18 +1,29 @@
-"""Accuracy on held-out questions, greedy and sampled, over all ranks."""
+"""Accuracy on held-out questions, greedy and sampled, over all ranks; and the comparison of runs."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ril_engine.config import Config
+from ril_engine.errors import UserError
 from ril_engine.models import Encoder, generate, uniforms
 from ril_engine.rewards import answer_reward
-from ril_engine.runlog import progress
+from ril_engine.runlog import progress, read_jsonl
+
+MODES = ("greedy", "sampled")
 
 
-def evaluate(config: Config, model, encoder: Encoder, questions: list[dict], title: str) -> dict:
-    """{"greedy", "sampled": accuracy, "questions", "by_kind": greedy, "mean_length": of the sampled, in tokens}."""
+def evaluate(
+    config: Config, model, encoder: Encoder, questions: list[dict], title: str, answers: Path | None = None
+) -> dict:
+    """{"greedy", "sampled": accuracy, "questions", "by_kind": greedy, "mean_length": of the sampled, in tokens}.
+
+    Every question's two answers and their rewards are written to the JSONL file `answers`, if one is named.
+    """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = list(range(rank, len(questions), world))
     size, was_training = config.evaluation.batch_size, model.training
@@ -22,31 +33,78 @@ def evaluate(config: Config, model, encoder: Encoder, questions: list[dict], tit
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
             rows = [questions[i] for i in part]
+            some = [
+                {"place": i, "id": row["id"], "kind": row.get("kind", "question")}
+                for i, row in zip(part, rows, strict=True)
+            ]
             numbers = uniforms(config.seed, [(2, i) for i in part], config.sampling.max_new_tokens)
-            correct = []
-            for draws in (None, numbers):
+            for mode, draws in zip(MODES, (None, numbers), strict=True):
                 decoded = generate(model, encoder, rows, config.sampling, uniforms=draws, batch_size=size)
-                correct.append(
-                    [
-                        0.0 if cut else answer_reward(encoder.decode(ids), row["answer"])
-                        for (ids, cut), row in zip(decoded, rows, strict=True)
-                    ]
-                )
+                for record, row, (ids, cut) in zip(some, rows, decoded, strict=True):
+                    text = encoder.decode(ids)
+                    record[mode] = 0.0 if cut else answer_reward(text, row["answer"])
+                    record |= {f"{mode}_text": text, f"{mode}_length": len(ids)}
                 advance(len(part))
-            lengths = [len(ids) for ids, _ in decoded]
-            kinds = [row.get("kind", "question") for row in rows]
-            records += list(zip(kinds, *correct, lengths, strict=True))
+            records += some
     model.train(was_training)
     gathered: list = [None] * world
     dist.all_gather_object(gathered, records)
-    table = [record for part in gathered for record in part]
-    kinds, greedy, sampled, lengths = zip(*table, strict=True)
+    table = sorted((record for part in gathered for record in part), key=lambda record: record["place"])
+    if answers is not None and rank == 0:
+        answers.write_text("".join(json.dumps(record) + "\n" for record in table), encoding="utf-8")
     by_kind = {}
-    for kind in dict.fromkeys(kinds):
-        values = [g for k, g in zip(kinds, greedy, strict=True) if k == kind]
-        by_kind[kind] = {"accuracy": sum(values) / len(values), "questions": len(values)}
-    mean = {
-        name: float(torch.tensor(v, dtype=torch.float64).mean())
-        for name, v in (("greedy", greedy), ("sampled", sampled), ("mean_length", lengths))
-    }
+    for kind in dict.fromkeys(record["kind"] for record in table):
+        some = [record for record in table if record["kind"] == kind]
+        by_kind[kind] = {"accuracy": _mean(some, "greedy"), "questions": len(some)}
+    mean = {mode: _mean(table, mode) for mode in MODES} | {"mean_length": _mean(table, "sampled_length")}
     return {**mean, "questions": len(table), "by_kind": by_kind}
+
+
+def _mean(records: list[dict], name: str) -> float:
+    return sum(record[name] for record in records) / len(records)
+
+
+def compare(runs: list[Path], against: list[Path], draws: int = 10_000) -> dict:
+    """Accuracy after the `runs` minus accuracy after the runs `against`, with a paired bootstrap interval of 95 %.
+
+    A draw takes questions with replacement, the same ones for both sides, and runs of each side with replacement, so
+    that the interval holds what comes of the questions and what comes of the seeds.
+
+    Raises:
+        UserError: a run that has not ended, or runs evaluated on different questions.
+    """
+    tables = {run: _answers(run) for run in (*runs, *against)}
+    ids = {run: [row["id"] for row in rows] for run, rows in tables.items()}
+    for run in tables:
+        if ids[run] != ids[runs[0]]:
+            raise UserError(f"run {run}: not evaluated on the questions of {runs[0]}; compare runs of one data set")
+    out = {"questions": len(ids[runs[0]])}
+    generator = torch.Generator().manual_seed(0)
+    for mode in MODES:
+        one, two = (
+            torch.tensor([[row[mode] for row in tables[run]] for run in side], dtype=torch.float64)
+            for side in (runs, against)
+        )
+        differences = []
+        for _ in range(draws):
+            picks = torch.randint(one.shape[1], (one.shape[1],), generator=generator)
+            means = [
+                side[torch.randint(len(side), (len(side),), generator=generator)][:, picks].mean()
+                for side in (one, two)
+            ]
+            differences.append(means[0] - means[1])
+        low, high = torch.stack(differences).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        out[mode] = {
+            "runs": one.mean(1).tolist(),
+            "against": two.mean(1).tolist(),
+            "difference": float(one.mean() - two.mean()),
+            "interval": [low, high],
+        }
+    return out
+
+
+def _answers(run: Path) -> list[dict]:
+    path = run / "evaluation_after.jsonl"
+    if not path.exists():
+        raise UserError(f"run {run}: no evaluation_after.jsonl there; expected the folder of a run that has ended")
+    return read_jsonl(path)

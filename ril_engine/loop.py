@@ -37,7 +37,8 @@ class Loop:
         if not rl.train_vision_tower:
             model.model.get_submodule(_vision_name(model)).requires_grad_(False)
         self.policy = Policy(model)
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if rl.beta > 0 else None
+        self.beta = rl.beta if rl.algorithm != "sft" else 0.0
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
         self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
         self.student = Engine(
             self.policy,
@@ -66,6 +67,8 @@ class Loop:
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
         config, group = self.config, self.config.rl.group_size
+        if config.rl.algorithm == "sft":
+            return [each for slot, (i, row) in enumerate(questions) for each in self._teachers(step, slot, i, row)]
         keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
         self.policy.eval()
         drawn = generate(
@@ -130,7 +133,9 @@ class Loop:
         return {**first, "grad_norm/discriminator": norms["grad_norm"]}
 
     def advantages(self, responses: list[dict]) -> torch.Tensor:
-        """(N,) group advantages of R = R_sim + R_ans over all responses of a question."""
+        """(N,) group advantages of R = R_sim + R_ans over all responses of a question; 1 where sft imitates all."""
+        if self.config.rl.algorithm == "sft":  # with r = 1 the gradient is then the log-prob's
+            return torch.ones(len(responses))
         rewards = torch.tensor([each["answer_reward"] + each.get("similarity_reward", 0.0) for each in responses])
         groups = torch.tensor([each["slot"] for each in responses])
         kind = "grpo" if self.config.rl.algorithm == "grpo" else "dr_grpo"
@@ -151,7 +156,7 @@ class Loop:
         for part in parts:
             some = [responses[i] for i in part]
             batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some])
-            settings = {"advantages": advantages[part.start : part.stop], "norm": norm, "beta": rl.beta}
+            settings = {"advantages": advantages[part.start : part.stop], "norm": norm, "beta": self.beta}
             settings |= {"clip_low": rl.clip_low, "clip_high": rl.clip_high}
             settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
             keep = torch.tensor([not (rl.mask_truncated and each["truncated"]) for each in some])

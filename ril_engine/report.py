@@ -24,7 +24,7 @@ from PIL import Image
 from ril_engine.errors import UserError
 from ril_engine.runlog import accuracy_rows, clock, read_jsonl
 
-ALGORITHMS = {"ril": "RIL", "dr_grpo": "Dr. GRPO", "grpo": "GRPO"}
+ALGORITHMS = {"ril": "RIL", "dr_grpo": "Dr. GRPO", "grpo": "GRPO", "sft": "SFT on responses"}
 INK = "#010203"  # stands for the page's text colour, so that one drawing suits light and dark
 COLOURS = {"student": "#2f81d6", "teachers": "#e0762f", "D": "#9a63d8", "spread": "#2f81d6", "all zero": "#8a94a6"}
 PHASE_COLOURS = ("#2f81d6", "#9a63d8", "#d1a52c", "#e0762f", "#2fa37c", "#8a94a6")

@@ -30,10 +30,11 @@ def prepare(config: Config):
     """Stages 1 to 3, each built where it is missing: data, student path, saved responses by teacher and id, D."""
     data_dir, data_key = stages.data(config)
     student_path, student_key = stages.sft(config, data_dir, data_key)
-    if config.rl.algorithm != "ril":
+    if config.rl.algorithm in ("dr_grpo", "grpo"):
         return data_dir, student_path, {}, None
     files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
-    d_path = stages.discriminator(config, student_path, files, student_key)
+    ril = config.rl.algorithm == "ril"
+    d_path = stages.discriminator(config, student_path, files, student_key) if ril else None
     saved: dict[str, dict] = {}
     for each in config.teachers:
         by_id = saved.setdefault(each.name, {})
@@ -50,7 +51,7 @@ def train(config: Config, resume: Path | None = None) -> dict:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
     data_dir, student_path, saved, d_path = prepare(config)
     rows = stages.read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
-    if d_path is not None:
+    if saved:
         rows = [row for row in rows if row["id"] in saved[config.teachers[0].name]]
     test = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
     test = test[: config.evaluation.questions or None]
@@ -58,7 +59,8 @@ def train(config: Config, resume: Path | None = None) -> dict:
     loop = Loop(config, data_dir, student_path, saved, d_path)
     run_dir = resume or _new_run(config)
     done, before = checkpoints.load(run_dir, loop.engines) if resume else (0, None)
-    before = before or evaluate(config, loop.policy.model, loop.encoder, test, "evaluation before")
+    judged = (config, loop.policy.model, loop.encoder, test)
+    before = before or evaluate(*judged, "evaluation before", run_dir / "evaluation_before.jsonl")
     timer = PhaseTimer()
     with (
         RunLog(run_dir, resume_step=done, total_steps=rl.steps, enabled=rank == 0) as log,
@@ -77,12 +79,12 @@ def train(config: Config, resume: Path | None = None) -> dict:
                 checkpoints.save(run_dir, step + 1, loop.engines, before)
                 timer.pop()  # no phase of the next step
             advance(1)
-    after = evaluate(config, loop.policy.model, loop.encoder, test, "evaluation after")
+    after = evaluate(*judged, "evaluation after", run_dir / "evaluation_after.jsonl")
     result = {
         "algorithm": rl.algorithm,
         "seed": config.seed,
         "steps": rl.steps,
-        "teachers": [each.name for each in config.teachers] if d_path else [],
+        "teachers": [each.name for each in config.teachers] if saved else [],
         "seconds": round(time.time() - began, 1),
         "accuracy": {"before": before["greedy"], "after": after["greedy"]},
         "evaluation": {"before": before, "after": after},

@@ -24,4 +24,4 @@ def alone():
     environment = dict(os.environ)
     init_distributed()
     os.environ.clear()  # what it sets is not for the processes that other tests start
-    os.environ.update(environment)
+    os.environ.update(environment, LOCAL_RANK="0")  # but deepspeed.initialize asks for this one

@@ -20,24 +20,27 @@ SMALL = DigitsConfig(train_questions=27, validation_questions=9, test_questions=
         ("sum", "11"),
         ("smaller", "3"),
         ("product", "24"),
-        ("product_plus_n", "31"),
-        ("sum_times_n", "77"),
-        ("n_left_plus_right", "29"),
-        ("left_plus_n_right", "59"),
+        ("product_chain", "3"),
+        ("sum_chain", "2"),
+        ("weighted_sum", "1"),
+        ("left_chain", "4"),
         (digits.PERCEPTION, "3 8"),
     ],
 )
 def test_answers_by_hand(kind, expected):
-    assert digits.answer(kind, 3, 8, 7) == expected
+    assert digits.answer(kind, 3, 8, 7, 5) == expected
     for style in ("formula", "words"):
-        assert digits.reasoned_answer(kind, 3, 8, 7, style).rstrip(".").endswith(f"is {expected}")
+        assert digits.reasoned_answer(kind, 3, 8, 7, 5, style).rstrip(".").endswith(f"is {expected}")
 
 
 def test_reasoned_answers_by_hand():
-    case = ("n_left_plus_right", 3, 8, 7)
-    assert digits.reasoned_answer(*case, "formula") == "I see 3 and 8. 7*3=21, 21+8=29. The answer is 29."
-    words = "The picture shows 3 then 8, where 7 times 3 makes 21 and 21 plus 8 makes 29, so it is 29."
+    case = ("sum_chain", 3, 8, 7, 5)
+    assert digits.reasoned_answer(*case, "formula") == "I see 3 and 8. 3+8=11, 1*7=7, 7+5=12. The answer is 2."
+    words = (
+        "The picture shows 3 then 8, where 3 plus 8 makes 11 and 1 times 7 makes 7 and 7 plus 5 makes 12, so it is 2."
+    )
     assert digits.reasoned_answer(*case, "words") == words
+    assert digits._calculations("weighted_sum", 3, 8, 7, 5) == [(7, "*", 3, 21), (5, "*", 8, 40), (1, "+", 0, 1)]
 
 
 def test_no_scan_is_shared_between_splits():
@@ -59,13 +62,15 @@ def test_build_writes_questions_and_pictures(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows[:10]] == list(digits.KINDS) and len(rows) == 27
     for row in rows:
-        assert row["answer"] == digits.answer(row["kind"], *row["digits"], row["n"])
+        assert row["answer"] == digits.answer(row["kind"], *row["digits"], *row["numbers"])
         with Image.open(tmp_path / row["image"]) as image:
             assert (image.format, image.size) == ("PNG", (56, 28))
             assert image.getextrema()[0][1] > 150  # a digit is drawn
     student = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
     reasoned = [row["kind"] for row in student if row["response"] != row["answer"]]
-    assert reasoned and set(digits.CALCULATED_KINDS) <= set(reasoned) <= {*digits.SEEN_KINDS, *digits.CALCULATED_KINDS}
+    asked = [row for row in student if row["kind"] != digits.PERCEPTION]
+    assert len(student) - len(asked) == int(0.2 * len(student))
+    assert digits.PERCEPTION not in reasoned and 0 < len(reasoned) < len(asked) / 2
     again = tmp_path / "again"
     again.mkdir()
     digits.build(again, SMALL, {"a": "formula", "b": "words"})
@@ -91,7 +96,7 @@ def test_tiny_checkpoint_is_an_ordinary_one(tmp_path, name):
     black, white = (model(**each).logits for each in inputs)
     assert torch.isfinite(black).all() and not torch.allclose(black, white)  # it sees the picture
     for style in ("formula", "words"):
-        sentence = digits.reasoned_answer("product_plus_n", 7, 8, 9, style)
+        sentence = digits.reasoned_answer("weighted_sum", 7, 8, 9, 4, style)
         assert processor.tokenizer.decode(processor.tokenizer(sentence)["input_ids"]) == sentence
 
 

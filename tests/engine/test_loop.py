@@ -36,7 +36,7 @@ def job(tmp_path_factory, alone):
     saved: dict = {}
     for name, style in (("a", "formula"), ("b", "words")):
         for row in rows:
-            text = digits.reasoned_answer(row["kind"], *row["digits"], row["n"], style)
+            text = digits.reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)
             record = {"source": name, "text": text, "truncated": False, "answer_reward": 1.0}
             saved.setdefault(name, {})[row["id"]] = [record] * 4
     module, _ = stages.new_discriminator(ModelConfig(path=str(student)))
@@ -104,6 +104,23 @@ def test_teacher_answers_are_imitated(job):
     from_teacher = torch.tensor([each["source"] != "student" for each in responses])[batch.response_index]
     assert gain[from_teacher].mean() > 0.1
     assert metrics[0]["reward/teacher_answer"] == 1.0 and metrics[0]["length/student"] <= 6
+
+
+def test_sft_on_saved_responses_is_the_gradient_of_their_log_prob(job):
+    make, questions = job
+    loop = make(algorithm="sft", updates_per_step=1, beta=0.1)
+    assert loop.reference is None  # no student response, so no KL
+    responses = loop.rollout(0, questions)
+    assert [each["source"] in "ab" for each in responses] == [True] * 4 * 3
+    loop.student.step = lambda: {"grad_norm": 0.0, "learning_rate": 0.0}
+    loop.update_policy(responses, loop.advantages(responses), PhaseTimer())
+    got = {n: p.grad.clone() for n, p in loop.policy.named_parameters() if p.grad is not None}
+    loop.policy.zero_grad()
+    batch = loop.encoder.batch([each["row"] for each in responses], [each["ids"] for each in responses])
+    (-loop.policy(batch).sum() / (len(responses) * loop.config.sampling.max_new_tokens)).backward()
+    for name, parameter in loop.policy.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(got[name], parameter.grad, atol=2e-7, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("job")

@@ -128,6 +128,8 @@ def test_every_subcommand_ends_with_its_results(finished, ril):
     assert json.loads(line).items() >= first["evaluation"]["after"].items()
     _, (line,), _ = ril("evaluate", "--config", config, "--set", "evaluation.split=validation")
     assert json.loads(line)["questions"] == 9
+    code, (line,), _ = ril("compare", "--runs", first["run_dir"], "--against", first["run_dir"])
+    assert json.loads(line)["greedy"]["runs"] == [first["accuracy"]["after"]]
     report = Path(first["report"])
     report.unlink()
     code, (line,), _ = ril("report", first["run_dir"])
