@@ -1,0 +1,101 @@
+"""`python -m benchmarks list | run | report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import runner
+from benchmarks.cases import all_cases
+from benchmarks.report import write_results
+from ril_engine.errors import UserError, exit_code
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _device(name: str) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU here (torch.cuda.is_available() is False); leave it out for the CPU")
+    return name
+
+
+def _list(arguments: argparse.Namespace) -> dict:
+    found = {}
+    for build in all_cases(_device(arguments.device)):
+        case = build()
+        found[case.name] = list(case.candidates)
+        print(f"{case.name}: {', '.join(case.candidates)}", file=sys.stderr)
+    return {"cases": found}
+
+
+def _run(arguments: argparse.Namespace) -> dict:
+    device = _device(arguments.device)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; 30 is usual")
+    commit, dirty = runner.git_state(ROOT)
+    if dirty and not arguments.allow_dirty:
+        raise UserError(
+            "the working tree differs from its commit, so a row could not say what it measured; commit first, or try "
+            "out with --allow-dirty"
+        )
+    output = arguments.output or RESULTS / f"{device}.jsonl"
+    origin = runner.provenance(device, commit, dirty)
+    names = [build().name for build in all_cases(device)]
+    for part in arguments.case:
+        if not any(part in name for name in names):
+            raise UserError(f"--case {part}: no such case; expected part of one of: {'; '.join(names)}")
+    written, faults = 0, []
+    for build in all_cases(device):
+        case = build()
+        if arguments.case and not any(part in case.name for part in arguments.case):
+            continue
+        wrong = runner.wrong(case)
+        for candidate, what in wrong.items():
+            faults.append(f"{case.name}, {candidate}: {what}")
+            print(f"WRONG {faults[-1]}; the case is not timed", file=sys.stderr, flush=True)
+        if wrong:
+            continue
+        rows = runner.rows_of(case, runner.measure(case, device, arguments.rounds), arguments.rounds, origin)
+        runner.append(output, rows)
+        written += len(rows)
+        for row in rows:
+            print(
+                f"{row['case']:<44} {row['candidate']:<28} {row['ratio']['p50']:6.2f} x baseline "
+                f"{row['floor_share']:5.0%} of floor",
+                file=sys.stderr,
+                flush=True,
+            )
+    if faults:
+        raise UserError(
+            f"{len(faults)} wrong results, first: {faults[0]}; repair the candidate, times would mean nothing"
+        )
+    return {"rows": written, "output": str(output)}
+
+
+def _report(_: argparse.Namespace) -> dict:
+    return {"results": str(write_results(RESULTS, ROOT / "benchmarks" / "RESULTS.md"))}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Benchmarks of the kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    run = commands.add_parser("run", help="check, time and append rows to benchmarks/results/DEVICE.jsonl")
+    run.add_argument("--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART")
+    run.add_argument("--rounds", type=int, default=30)
+    run.add_argument("--output", type=Path, help="another JSONL file")
+    run.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
+    listing = commands.add_parser("list", help="cases and candidates")
+    for each in (run, listing):
+        each.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")
+    arguments = parser.parse_args()
+    return exit_code(lambda: {"run": _run, "list": _list, "report": _report}[arguments.command](arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
