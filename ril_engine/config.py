@@ -66,8 +66,9 @@ class TrainingConfig(Section):
     batch_size: Count = Field(48, description="examples per step over all ranks")
     micro_batch_size: Count = Field(48, description="examples per forward and rank")
     learning_rate: Positive = Field(1e-5)
-    final_learning_rate: float = Field(1e-6, ge=0, description="reached linearly at the last step")
+    final_learning_rate: float = Field(1e-6, ge=0, description="reached linearly, final_steps before the end")
     warmup_steps: int = Field(0, ge=0)
+    final_steps: int = Field(0, ge=0, description="steps at the final learning rate")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: Positive = Field(1.0)
 

@@ -44,7 +44,7 @@ def scaled_for_average(loss_sum: torch.Tensor, world_size: int) -> torch.Tensor:
 
 
 class Engine:
-    """A module, its AdamW and its learning-rate schedule: linear warm-up, then linear to the final rate."""
+    """A module, its AdamW and its learning-rate schedule: linear warm-up, linear to the final rate, and constant."""
 
     def __init__(
         self,
@@ -55,6 +55,7 @@ class Engine:
         learning_rate: float,
         final_learning_rate: float | None = None,
         warmup_steps: int = 0,
+        final_steps: int = 0,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ):
@@ -64,7 +65,7 @@ class Engine:
         def factor(step: int) -> float:
             if step < warmup_steps:
                 return (step + 1) / warmup_steps
-            share = (step - warmup_steps) / max(1, steps - warmup_steps - 1)
+            share = (step - warmup_steps) / max(1, steps - final_steps - warmup_steps - 1)
             return 1 + (final / learning_rate - 1) * min(1.0, share)
 
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -144,8 +144,7 @@ def train_supervised(
 
 
 def _rates(settings: TrainingConfig) -> dict:
-    names = ("steps", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-    return {name: getattr(settings, name) for name in names}
+    return settings.model_dump(exclude={"batch_size", "micro_batch_size"})
 
 
 def teacher(config: Config, which: TeacherConfig, data_dir: Path, data_key: str) -> tuple[str, str]:
