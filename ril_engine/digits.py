@@ -36,7 +36,6 @@ QUESTIONS: dict[str, str] = {
     "left_chain": "What is the last digit of {n} times the left digit plus the right digit plus {m}?",
 }
 KINDS = tuple(QUESTIONS)
-TABLES = ("sum", "product")  # what every longer calculation is made of
 # SFT only: it asks for both digits in order, which teaches the student to tell left from right.
 PERCEPTION = "perception"
 PERCEPTION_QUESTION = "Which digits does the picture show?"
@@ -164,15 +163,8 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
 
     rng = np.random.default_rng([config.seed, 1])
     perception = int(config.sft_questions * config.sft_perception_share)
-    calculation = int(config.sft_questions * config.sft_calculation_share)
-    others = tuple(kind for kind in KINDS if kind not in TABLES)
-    rows = []
-    for part, count, kinds in (
-        ("sft", config.sft_questions - perception - calculation, others),
-        ("calculation", calculation, TABLES),
-        ("perception", perception, (PERCEPTION,)),
-    ):
-        rows += _rows(part, count, kinds, scans["train"], folder, config.seed)
+    rows = list(_rows("sft", config.sft_questions - perception, KINDS, scans["train"], folder, config.seed))
+    rows += _rows("perception", perception, (PERCEPTION,), scans["train"], folder, config.seed)
     student = []
     for row in rows:
         reasoned = row["kind"] != PERCEPTION and rng.random() < config.sft_reasoned_share

@@ -9,6 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 
 from ril_engine.config import DeepSpeedConfig
 
@@ -24,6 +25,9 @@ def init_distributed() -> None:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     deepspeed.init_distributed(verbose=False)
+    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would start a thread per core, and then all of them wait for one another.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
 
 
 def to_deepspeed(config: DeepSpeedConfig, max_grad_norm: float) -> dict:

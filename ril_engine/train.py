@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -102,14 +103,16 @@ def train(config: Config, resume: Path | None = None) -> dict:
 
 
 def _new_run(config: Config) -> Path:
-    """A new folder for this run, with the resolved settings; the same name on all ranks."""
-    name = [time.strftime("%Y%m%d-%H%M%S") + f"-{config.rl.algorithm}-seed{config.seed}"]
-    dist.broadcast_object_list(name, src=0)
-    run_dir = config.work_dir / name[0]
+    """A folder of its own for this run, with the resolved settings; the same on all ranks."""
+    made = [None]
     if dist.get_rank() == 0:
-        run_dir.mkdir(parents=True)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    return run_dir
+        config.work_dir.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        made[0] = Path(tempfile.mkdtemp("", f"{stamp}-{config.rl.algorithm}-seed{config.seed}-", config.work_dir))
+        made[0].chmod(0o755)
+        (made[0] / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    dist.broadcast_object_list(made, src=0)
+    return made[0]
 
 
 def _sample(step: int, responses: list[dict]) -> dict:
