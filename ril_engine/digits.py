@@ -4,11 +4,11 @@ The digits are scikit-learn's (1,797 scans of 8 x 8 pixels, UCI ML repository). 
 into train, validation and test before any picture is made, so no held-out picture shows a scan seen in training.
 
 Two manners of answering are defined here: the bare answer, and reasoning in words before it. Teachers are trained to
-reason always, the student mostly to give the bare answer; both also have lessons in seeing and in arithmetic. Four
-kinds of question name two numbers and ask for the last digit of a calculation: 6,400 combinations of which each kind
-has some 800 in the instruction data, so that no bare answer can be known by heart or guessed from a near one, while in
-words it is three plain calculations of one digit each. So the student sees and calculates well and answers those badly:
-what is left to learn is the teachers' manner.
+reason always; the student to reason about plain sums and products, and nearly always to give the bare answer elsewhere.
+Four kinds of question name two numbers and ask for the last digit of a calculation: 6,400 combinations of which each
+kind has some 800 in the instruction data, so that no bare answer can be known by heart or guessed from a near one,
+while in words it is three plain sums or products of one digit each. So the student sees and calculates well and answers
+those badly: what is left to learn is the teachers' manner.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ QUESTIONS: dict[str, str] = {
     "left_chain": "What is the last digit of {n} times the left digit plus the right digit plus {m}?",
 }
 KINDS = tuple(QUESTIONS)
-# SFT only: both digits in order, which teaches to tell left from right, and calculations without a picture.
+TABLES = ("sum", "product")  # what every longer calculation is made of
+# SFT only: it asks for both digits in order, which teaches the student to tell left from right.
 PERCEPTION = "perception"
 PERCEPTION_QUESTION = "Which digits does the picture show?"
-ARITHMETIC_QUESTION = "Calculate {}."
 NUMBERS = range(2, 10)
 STYLES = ("formula", "words")
 
@@ -88,21 +88,14 @@ def answer(kind: str, left: int, right: int, n: int, m: int) -> str:
     }[kind]
 
 
-def _shown(work: list[tuple[int, str, int, int]], style: str) -> str:
-    if style == "formula":
-        return ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
-    return " and ".join(f"{a} {_OPERATIONS[sign][1]} {b} makes {c}" for a, sign, b, c in work)
-
-
 def reasoned_answer(kind: str, left: int, right: int, n: int, m: int, style: str) -> str:
     """How a teacher answers: what it sees, the calculations, the answer. Two styles, "formula" and "words"."""
-    result, shown = answer(kind, left, right, n, m), _shown(_calculations(kind, left, right, n, m), style)
-    seen = f"I see {left} and {right}" if style == "formula" else f"The picture shows {left} then {right}"
-    if kind == PERCEPTION:
-        return f"{seen}."
+    result, work = answer(kind, left, right, n, m), _calculations(kind, left, right, n, m)
     if style == "formula":
-        return f"{seen}. {shown + '. ' if shown else ''}The answer is {result}."
-    return f"{seen}{', where ' + shown if shown else ''}, so it is {result}."
+        shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
+        return f"I see {left} and {right}. {shown + '. ' if work else ''}The answer is {result}."
+    shown = " and".join(f" {a} {_OPERATIONS[sign][1]} {b} makes {c}" for a, sign, b, c in work)
+    return f"The picture shows {left} then {right}{', where' + shown if work else ''}, so it is {result}."
 
 
 def _scans(config: DigitsConfig) -> dict[str, list[tuple[np.ndarray, int]]]:
@@ -172,36 +165,29 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
 
     rng = np.random.default_rng([config.seed, 1])
     perception = int(config.sft_questions * config.sft_perception_share)
-    arithmetic = int(config.sft_questions * config.sft_arithmetic_share)
-    rows = list(_arithmetic_rows(arithmetic, config.seed))
+    tables = int(config.sft_questions * config.sft_table_share)
+    others = tuple(kind for kind in KINDS if kind not in TABLES)
+    rows = []
     for part, count, kinds in (
-        ("sft", config.sft_questions - perception - arithmetic, KINDS),
+        ("sft", config.sft_questions - perception - tables, others),
+        ("tables", tables, TABLES),
         ("perception", perception, (PERCEPTION,)),
     ):
-        for row in _rows(part, count, kinds, scans["train"], folder, config.seed):
-            case = (row["kind"], *row["digits"], *row["numbers"])
-            rows.append((row, {style: reasoned_answer(*case, style) for style in STYLES}))
+        rows += _rows(part, count, kinds, scans["train"], folder, config.seed)
     student = []
-    for row, texts in rows:
+    for row in rows:
         style = STYLES[int(rng.integers(len(STYLES)))]
-        terse = row["kind"] in KINDS and rng.random() >= config.sft_reasoned_share
-        student.append({**row, "response": row["answer"] if terse else texts[style]})
+        reasoned = rng.random() < {PERCEPTION: 0.0, **dict.fromkeys(TABLES, 1.0)}.get(
+            row["kind"], config.sft_reasoned_share
+        )
+        text = reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style) if reasoned else row["answer"]
+        student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)
     for name, style in styles.items():
-        write_jsonl(folder / f"sft_{name}.jsonl", ({**row, "response": texts[style]} for row, texts in rows))
-
-
-def _arithmetic_rows(count: int, seed: int) -> Iterator[tuple[dict, dict[str, str]]]:
-    """Three calculations of two digits each, without a picture, and their results in each style."""
-    rng = np.random.default_rng([seed, 2])
-    for number in range(count):
-        work = []
-        for a, b in rng.integers(0, 10, size=(3, 2)).tolist():
-            sign = "+*"[int(rng.integers(2))]
-            work.append((a, sign, b, _OPERATIONS[sign][0](a, b)))
-        question = ARITHMETIC_QUESTION.format(", ".join(f"{a}{sign}{b}" for a, sign, b, _ in work))
-        row = {"id": f"arithmetic-{number:05d}", "question": question, "kind": "arithmetic"}
-        yield row, {style: f"{_shown(work, style)}." for style in STYLES}
+        write_jsonl(
+            folder / f"sft_{name}.jsonl",
+            ({**row, "response": reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)} for row in rows),
+        )
 
 
 def write_jsonl(path: Path, rows) -> None:
@@ -212,7 +198,7 @@ def write_jsonl(path: Path, rows) -> None:
 
 def corpus() -> list[str]:
     """Every sentence of the task once per digit pair: what the tiny tokenizers are trained on."""
-    lines = ["user", "assistant", "system", PERCEPTION_QUESTION, ARITHMETIC_QUESTION] * 20
+    lines = ["user", "assistant", "system", PERCEPTION_QUESTION] * 20
     lines += [question.format(n=n, m=12 - n) for question in QUESTIONS.values() for n in NUMBERS] * 3
     for left in range(10):
         for right in range(10):
