@@ -150,23 +150,21 @@ def group_advantages_case(responses: int, device: str) -> Case:
     def checked(backend: str) -> Callable[..., tuple[Tensor]]:
         return lambda rewards, groups: (group_advantages(rewards, groups, backend=backend),)
 
-    out = torch.empty_like(rewards)
+    out, ids = torch.empty_like(rewards), torch.empty_like(inputs["groups"])
     candidates = {
         BASELINE: reference,
         "ril_kernels": checked("auto"),
         "ril_kernels (unchecked C++)": lambda rewards, groups: (
-            (torch.ops.ril_kernels.group_advantages(rewards, groups, "dr_grpo"),)
-            if rewards.dtype == torch.float32
-            else reference(rewards, groups)
+            torch.ops.ril_kernels.group_advantages(rewards, groups, "dr_grpo"),
         ),
     }
     return Case(
         f"group_advantages N={responses}",
         inputs,
         candidates,
-        lambda: out.copy_(rewards),
-        "a copy of N float32",
-        num_bytes=responses * (4 + 8 + 4),
+        lambda: (out.copy_(rewards), ids.copy_(inputs["groups"])),
+        "a copy of N float32 and N int64",
+        num_bytes=2 * responses * (4 + 8),
     )
 
 

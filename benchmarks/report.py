@@ -50,7 +50,7 @@ def write_results(folder: Path, path: Path) -> Path:
                 row["commit"][:9] + (" + changes" if row["dirty"] else ""),
             )
             parts.append(f"| {' | '.join(cells)} |")
-        newest_row = some[-1]
+        newest_row = max(some, key=lambda row: row["time"])
         versions = ", ".join(f"{name} {number}" for name, number in newest_row["versions"].items())
         parts.append(f"\n{newest_row['threads']} threads; {versions}.\n")
     path.write_text("\n".join(parts), encoding="utf-8")

@@ -67,17 +67,14 @@ def _evaluate(config, arguments) -> dict:
 
 
 def _report(arguments) -> dict:
-    import yaml
+    import json
 
-    from ril_engine import stages
-    from ril_engine.config import Config
     from ril_engine.report import write_report
 
-    settings = arguments.run_dir / "config.yaml"
-    if not settings.exists():
-        raise UserError(f"run {arguments.run_dir}: no config.yaml there; expected the folder of a run")
-    config = Config.model_validate(yaml.safe_load(settings.read_text()))
-    return {"report": str(write_report(arguments.run_dir, stages.data(config)[0]))}
+    result = arguments.run_dir / "result.json"
+    if not result.exists():
+        raise UserError(f"run {arguments.run_dir}: no result.json there; expected the folder of a run that has ended")
+    return {"report": str(write_report(arguments.run_dir, Path(json.loads(result.read_text())["data"])))}
 
 
 def _compare(arguments) -> dict:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ril_engine.errors import UserError
 
+OpenShare = Annotated[float, Field(gt=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -35,6 +36,12 @@ class DigitsConfig(Section):
     sft_reasoned_share: Share = Field(
         0.06, description="of the student's other SFT rows that reason; the rest is terse"
     )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.sft_perception_share + self.sft_table_share > 1:
+            raise ValueError("sft_perception_share and sft_table_share add up to more than 1: lower one")
+        return self
 
 
 class DataConfig(Section):
@@ -74,6 +81,15 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: Positive = Field(1.0)
 
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.steps and self.warmup_steps + self.final_steps >= self.steps:
+            raise ValueError(
+                f"warmup_steps {self.warmup_steps} and final_steps {self.final_steps} leave none of {self.steps} steps "
+                "in between: lower them or raise steps"
+            )
+        return self
+
 
 class SamplingConfig(Section):
     temperature: Positive = 1.0
@@ -91,7 +107,7 @@ class ResponsesConfig(Section):
 
 class DiscriminatorConfig(Section):
     pretrain: TrainingConfig = TrainingConfig(steps=200)
-    validation_share: Share = Field(0.1, description="of the questions held out to measure D's accuracy")
+    validation_share: OpenShare = Field(0.1, description="of the questions held out to measure D's accuracy")
     learning_rate: Positive = Field(1e-6, description="in the RIL loop")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 
 from ril_engine.config import DeepSpeedConfig
+from ril_engine.errors import UserError
 
 
 def init_distributed() -> None:
@@ -107,4 +108,6 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. All ranks call it."""
-        self.engine.load_checkpoint(str(folder), tag="state")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
+        if path is None:
+            raise UserError(f"checkpoint {folder}: DeepSpeed finds no state there; start a new run with --config")

@@ -86,14 +86,15 @@ class Encoder:
         self.banned_ids = sorted(special - set(self.eos_ids))
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.banned_ids += range(len(self.tokenizer), vocabulary)
-        self._prompts: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
+        self._prompts: OrderedDict[tuple, dict[str, Tensor]] = OrderedDict()
 
     def prompt(self, question: dict) -> dict[str, Tensor]:
         """The chat prompt of a question with its picture: tokens (1, S) and pixels."""
-        if question["id"] in self._prompts:
-            self._prompts.move_to_end(question["id"])
-            return self._prompts[question["id"]]
         text = question["question"]
+        key = (text, question.get("image"))  # an id may come again in another split
+        if key in self._prompts:
+            self._prompts.move_to_end(key)
+            return self._prompts[key]
         if any(token in text for token in self.tokenizer.all_special_tokens):
             raise UserError(f"question {question['id']}: its text holds a special token of the model; remove it")
         content = [{"type": "text", "text": text}]
@@ -105,7 +106,7 @@ class Encoder:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         encoded = dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
-        self._prompts[question["id"]] = encoded
+        self._prompts[key] = encoded
         if len(self._prompts) > CACHED_PROMPTS:
             self._prompts.popitem(last=False)
         return encoded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -29,8 +30,17 @@ def is_main() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+@functools.cache
+def _code() -> str:
+    """A hash of the code that stage output depends on: another version of it builds its own."""
+    names = ("digits", "engine", "models", "policy", "rewards", "stages", "tiny_models")
+    return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
+
+
 def key_of(*parts) -> str:
-    text = json.dumps([__version__, *parts], sort_keys=True, default=lambda value: value.model_dump(mode="json"))
+    text = json.dumps(
+        [__version__, _code(), *parts], sort_keys=True, default=lambda value: value.model_dump(mode="json")
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -108,9 +118,18 @@ def data(config: Config) -> tuple[Path, str]:
 
 
 def train_supervised(
-    config: Config, settings: TrainingConfig, start: ModelConfig, data_dir: Path, file: str, out: Path, title: str
+    config: Config,
+    settings: TrainingConfig,
+    start: ModelConfig,
+    data_dir: Path,
+    file: str,
+    out: Path,
+    title: str,
+    seed: int,
 ) -> None:
     """SFT on a JSONL file's responses: the mean negative log-prob of the response tokens of the global batch."""
+    if settings.batch_size < dist.get_world_size():
+        raise UserError(f"{title}: batch_size is {settings.batch_size}, fewer than the {dist.get_world_size()} ranks")
     if start.path.startswith("tiny:"):
         if is_main():
             instruction = config.discriminator.instruction
@@ -124,7 +143,7 @@ def train_supervised(
     rank, world = dist.get_rank(), dist.get_world_size()
     with progress(settings.steps, title, enabled=is_main()) as advance:
         for step in range(settings.steps):
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
             picks = torch.randint(len(rows), (settings.batch_size,), generator=generator).tolist()
             responses = [encoder.response(rows[i]["response"]) for i in picks]
             tokens = sum(map(len, responses))
@@ -147,27 +166,34 @@ def _rates(settings: TrainingConfig) -> dict:
     return settings.model_dump(exclude={"batch_size", "micro_batch_size"})
 
 
+def _shared(config: Config) -> tuple:
+    """What else a training depends on: D's instruction is in the corpus of the tiny tokenizers."""
+    return config.discriminator.instruction, config.deepspeed
+
+
 def teacher(config: Config, which: TeacherConfig, data_dir: Path, data_key: str) -> tuple[str, str]:
     """A teacher's checkpoint and key; a "tiny:" one is trained first on reasoned answers."""
     if not which.path.startswith("tiny:"):
         return which.path, key_of("model", which)
-    key = key_of("teacher", which, config.teacher_sft, config.discriminator.instruction, data_key)
+    key = key_of("teacher", which, config.teacher_sft, *_shared(config), data_key)
     file = f"sft_{which.name}.jsonl"
 
     def build(out: Path) -> None:
-        train_supervised(config, config.teacher_sft, which, data_dir, file, out, f"teacher {which.name}")
+        # A teacher belongs to the task, as a downloaded one would: it is the same for every seed of a study.
+        seed = config.data.digits.seed
+        train_supervised(config, config.teacher_sft, which, data_dir, file, out, f"teacher {which.name}", seed)
 
     return str(stage(config, f"teacher_{which.name}", key, build)), key
 
 
 def sft(config: Config, data_dir: Path, data_key: str) -> tuple[str, str]:
     """The student after SFT, and its key."""
-    key = key_of("sft", config.student, config.sft, config.seed, config.discriminator.instruction, data_key)
+    key = key_of("sft", config.student, config.sft, config.seed, *_shared(config), data_key)
     if config.sft.steps == 0:
         return config.student.path, key
 
     def build(out: Path) -> None:
-        train_supervised(config, config.sft, config.student, data_dir, "sft.jsonl", out, "SFT student")
+        train_supervised(config, config.sft, config.student, data_dir, "sft.jsonl", out, "SFT student", config.seed)
 
     return str(stage(config, "sft", key, build)), key
 
@@ -235,7 +261,8 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
     from safetensors.torch import save_file
 
     settings = config.discriminator.pretrain
-    key = key_of("discriminator", config.discriminator, config.seed, key, sorted(map(str, saved.values())))
+    parts = (config.discriminator, config.deepspeed, config.seed, key, sorted(map(str, saved.values())))
+    key = key_of("discriminator", *parts)
 
     def build(out: Path) -> None:
         texts: dict[bool, list] = {True: [], False: []}
@@ -245,6 +272,14 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
                 bucket = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000
                 side = held if bucket < 1000 * config.discriminator.validation_share else texts
                 side[source == "student"].append(row["text"])
+        for side in (texts, held):
+            for student, some in side.items():
+                if not some:
+                    raise UserError(
+                        f"D pre-training: no saved responses of {'the student' if student else 'teachers'} in "
+                        f"{'its held-out part' if side is held else 'training'}; raise responses.questions or set "
+                        "another discriminator.validation_share"
+                    )
         module, tokenizer = new_discriminator(config.student.model_copy(update={"path": student_path}))
         engine = Engine(module.train(), config=config.deepspeed, **_rates(settings))
         rank, world, instruction = dist.get_rank(), dist.get_world_size(), config.discriminator.instruction

@@ -52,8 +52,7 @@ def train(config: Config, resume: Path | None = None) -> dict:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
     data_dir, student_path, saved, d_path = prepare(config)
     rows = stages.read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
-    if saved:
-        rows = [row for row in rows if row["id"] in saved[config.teachers[0].name]]
+    rows = rows[: config.responses.questions or None]  # for every algorithm, so that runs compare
     test = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
     test = test[: config.evaluation.questions or None]
 
@@ -81,6 +80,8 @@ def train(config: Config, resume: Path | None = None) -> dict:
                 timer.pop()  # no phase of the next step
             advance(1)
     after = evaluate(*judged, "evaluation after", run_dir / "evaluation_after.jsonl")
+    if rank == 0:
+        require_free_disk(config.work_dir, config.min_free_disk_gib)
     result = {
         "algorithm": rl.algorithm,
         "seed": config.seed,
@@ -92,6 +93,7 @@ def train(config: Config, resume: Path | None = None) -> dict:
         "run_dir": str(run_dir),
         "student": str(run_dir / "student"),
         "report": str(run_dir / "report.html"),
+        "data": str(data_dir),
     }
     if rank == 0:
         loop.policy.model.save_pretrained(run_dir / "student")

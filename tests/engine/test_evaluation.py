@@ -46,6 +46,15 @@ def test_runs_that_differ_widen_the_interval(make):
     assert narrow["interval"][0] > 0 > wide["interval"][0]
 
 
+def test_runs_of_one_seed_are_paired(make):
+    good, bad = [1] * 150 + [0] * 50, [0] * 150 + [1] * 50
+    one = [make("one", good), make("two", bad)]
+    two = [make("three", [0, *good[1:]]), make("four", [*bad[:-1], 0])]
+    in_order = compare(one, two, draws=500)["greedy"]
+    crossed = compare(one, two[::-1], draws=500)["greedy"]
+    assert in_order["interval"][0] >= 0 > crossed["interval"][0]
+
+
 def test_what_cannot_be_compared_is_said(make, tmp_path):
     one, two = make("one", [1, 0]), make("two", [1, 0, 1])
     with pytest.raises(UserError, match=r"run .*two: not evaluated on the questions of .*one"):
