@@ -37,10 +37,10 @@ def _run(arguments: argparse.Namespace) -> dict:
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; 30 is usual")
     commit, dirty = runner.git_state(ROOT)
-    if dirty and not arguments.allow_dirty:
+    if dirty and not (arguments.allow_dirty and arguments.output):
         raise UserError(
             "the working tree differs from its commit, so a row could not say what it measured; commit first, or try "
-            "out with --allow-dirty"
+            "out with --allow-dirty --output FILE, beside the recorded rows"
         )
     output = arguments.output or RESULTS / f"{device}.jsonl"
     origin = runner.provenance(device, commit, dirty)

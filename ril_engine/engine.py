@@ -108,6 +108,6 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. All ranks call it."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise UserError(f"checkpoint {folder}: DeepSpeed finds no state there; start a new run with --config")
+        if not list((folder / "state").glob("*.pt")):
+            raise UserError(f"checkpoint {folder}: no state/*.pt there; start a new run with --config")
+        self.engine.load_checkpoint(str(folder), tag="state")

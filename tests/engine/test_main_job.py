@@ -84,6 +84,8 @@ def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
     resumed = last_json(run("--resume", stopped, ranks=2))
     assert metrics(resumed) == metrics(first)
     assert resumed["evaluation"] == first["evaluation"] and resumed["run_dir"] == str(stopped)
+    answers = [(Path(result["run_dir"]) / "evaluation_after.jsonl").read_text() for result in (first, resumed)]
+    assert answers[0] == answers[1] and answers[0].count("greedy_text") == 9
 
 
 @pytest.mark.distributed
@@ -132,6 +134,8 @@ def test_every_subcommand_ends_with_its_results(finished, ril):
     assert json.loads(line)["greedy"]["runs"] == [first["accuracy"]["after"]]
     report = Path(first["report"])
     report.unlink()
+    code, _, err = ril("report", config.parent)
+    assert code == 2 and "no result.json there; expected the folder of a run that has ended" in err
     code, (line,), _ = ril("report", first["run_dir"])
     assert code == 0 and json.loads(line) == {"report": str(report)} and report.exists()
     assert stage_times(config.parent) == stages

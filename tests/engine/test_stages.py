@@ -1,0 +1,41 @@
+"""What the stages refuse, and what their keys depend on."""
+
+import json
+
+import pytest
+import torch.distributed as dist
+
+from ril_engine import stages
+from ril_engine.config import Config, TrainingConfig
+from ril_engine.errors import UserError
+
+
+def config(tmp_path, **changes) -> Config:
+    teachers = [{"name": "a", "path": "tiny:qwen_teacher"}]
+    return Config.model_validate({"work_dir": tmp_path / "runs", "teachers": teachers, **changes})
+
+
+def test_d_needs_responses_of_both_sides_in_both_parts(tmp_path):
+    files = {}
+    for source in ("student", "a"):
+        files[source] = tmp_path / f"{source}.jsonl"
+        files[source].write_text(json.dumps({"id": "q1", "text": "7"}) + "\n")
+    with pytest.raises(UserError, match=r"no saved responses of the student in .*; raise responses.questions or set"):
+        stages.discriminator(config(tmp_path), "tiny:student", files, "key")
+
+
+@pytest.mark.usefixtures("alone")
+def test_every_rank_needs_an_example(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    settings = TrainingConfig(batch_size=2)
+    with pytest.raises(UserError, match="SFT student: batch_size is 2, fewer than the 3 ranks"):
+        stages.train_supervised(config(tmp_path), settings, None, tmp_path, "", tmp_path, "SFT student", 0)
+
+
+def test_keys_hold_settings_and_code(tmp_path, monkeypatch):
+    first = stages.key_of("data", config(tmp_path).data.digits)
+    assert first == stages.key_of("data", config(tmp_path).data.digits)
+    changed = config(tmp_path, data={"digits": {"sft_table_share": 0.5}}).data.digits
+    assert first != stages.key_of("data", changed)
+    monkeypatch.setattr(stages, "_code", lambda: "another version")
+    assert first != stages.key_of("data", config(tmp_path).data.digits)
