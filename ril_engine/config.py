@@ -32,16 +32,7 @@ class DigitsConfig(Section):
     test_digits: Count = Field(400, description="source digits only seen in test pictures")
     sft_questions: Count = Field(12000, description="rows of instruction data")
     sft_perception_share: Share = Field(0.2, description="of the SFT rows that only ask for the digits")
-    sft_table_share: Share = Field(0.25, description="of the SFT rows that ask for a sum or product, always reasoned")
-    sft_reasoned_share: Share = Field(
-        0.06, description="of the student's other SFT rows that reason; the rest is terse"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self):
-        if self.sft_perception_share + self.sft_table_share > 1:
-            raise ValueError("sft_perception_share and sft_table_share add up to more than 1: lower one")
-        return self
+    sft_reasoned_share: Share = Field(0.2, description="of the student's other SFT rows that reason; the rest is terse")
 
 
 class DataConfig(Section):

@@ -3,12 +3,12 @@
 The digits are scikit-learn's (1,797 scans of 8 x 8 pixels, UCI ML repository). They are split *by source digit*
 into train, validation and test before any picture is made, so no held-out picture shows a scan seen in training.
 
-Two manners of answering are defined here: the bare answer, and reasoning in words before it. Teachers are trained to
-reason always; the student to reason about plain sums and products, and nearly always to give the bare answer elsewhere.
-Four kinds of question name two numbers and ask for the last digit of a calculation: 6,400 combinations of which each
-kind has some 800 in the instruction data, so that no bare answer can be known by heart or guessed from a near one,
-while in words it is three plain sums or products of one digit each. So the student sees and calculates well and answers
-those badly: what is left to learn is the teachers' manner.
+Two manners of answering are defined here: the bare answer, and a rationale before it. Teachers are trained to give a
+rationale always, the student in a share of its answers. Four kinds of question name two numbers and ask for the last
+digit of a calculation: 6,400 combinations of which each kind has under a thousand in the instruction data, so that no
+bare answer can be known by heart or guessed from a near one, while a rationale takes three plain sums or products of
+one digit each. So the student sees and calculates well and answers those badly: what is left to learn is the teachers'
+manner.
 """
 
 from __future__ import annotations
@@ -37,21 +37,20 @@ QUESTIONS: dict[str, str] = {
     "left_chain": "What is the last digit of {n} times the left digit plus the right digit plus {m}?",
 }
 KINDS = tuple(QUESTIONS)
-TABLES = ("sum", "product")  # what every longer calculation is made of
 # SFT only: it asks for both digits in order, which teaches the student to tell left from right.
 PERCEPTION = "perception"
 PERCEPTION_QUESTION = "Which digits does the picture show?"
 NUMBERS = range(2, 10)
-STYLES = ("formula", "words")
+STYLES = ("sentences", "clauses")
 
-_OPERATIONS = {"+": (operator.add, "plus"), "*": (operator.mul, "times")}
+_OPERATIONS = {"+": operator.add, "*": operator.mul}
 
 
 def _calculations(kind: str, left: int, right: int, n: int, m: int) -> list[tuple[int, str, int, int]]:
     """(a, sign, b, result) of each calculation in order. Only last digits matter in the long ones, so they go on."""
 
     def step(a: int, sign: str, b: int) -> tuple[int, str, int, int]:
-        return a, sign, b, _OPERATIONS[sign][0](a, b)
+        return a, sign, b, _OPERATIONS[sign](a, b)
 
     def chain(first: tuple, *rest: tuple[str, int]) -> list[tuple]:
         work = [first]
@@ -89,13 +88,12 @@ def answer(kind: str, left: int, right: int, n: int, m: int) -> str:
 
 
 def reasoned_answer(kind: str, left: int, right: int, n: int, m: int, style: str) -> str:
-    """How a teacher answers: what it sees, the calculations, the answer. Two styles, "formula" and "words"."""
+    """How a teacher answers: what it sees, the calculations, the answer. Two styles, "sentences" and "clauses"."""
     result, work = answer(kind, left, right, n, m), _calculations(kind, left, right, n, m)
-    if style == "formula":
-        shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
+    shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
+    if style == "sentences":
         return f"I see {left} and {right}. {shown + '. ' if work else ''}The answer is {result}."
-    shown = " and".join(f" {a} {_OPERATIONS[sign][1]} {b} makes {c}" for a, sign, b, c in work)
-    return f"The picture shows {left} then {right}{', where' + shown if work else ''}, so it is {result}."
+    return f"The picture shows {left} then {right}{', where ' + shown if work else ''}, so it is {result}."
 
 
 def _scans(config: DigitsConfig) -> dict[str, list[tuple[np.ndarray, int]]]:
@@ -165,21 +163,14 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
 
     rng = np.random.default_rng([config.seed, 1])
     perception = int(config.sft_questions * config.sft_perception_share)
-    tables = int(config.sft_questions * config.sft_table_share)
-    others = tuple(kind for kind in KINDS if kind not in TABLES)
-    rows = []
-    for part, count, kinds in (
-        ("sft", config.sft_questions - perception - tables, others),
-        ("tables", tables, TABLES),
-        ("perception", perception, (PERCEPTION,)),
-    ):
-        rows += _rows(part, count, kinds, scans["train"], folder, config.seed)
+    rows = [
+        *_rows("sft", config.sft_questions - perception, KINDS, scans["train"], folder, config.seed),
+        *_rows("perception", perception, (PERCEPTION,), scans["train"], folder, config.seed),
+    ]
     student = []
     for row in rows:
         style = STYLES[int(rng.integers(len(STYLES)))]
-        reasoned = rng.random() < {PERCEPTION: 0.0, **dict.fromkeys(TABLES, 1.0)}.get(
-            row["kind"], config.sft_reasoned_share
-        )
+        reasoned = row["kind"] != PERCEPTION and rng.random() < config.sft_reasoned_share
         text = reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style) if reasoned else row["answer"]
         student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)

@@ -25,8 +25,8 @@ INTERNVL_IMAGE = "<IMG_CONTEXT>"
 # name -> (family, hidden size, layers, style of its reasoned answers)
 RECIPES = {
     "student": ("qwen2_5_vl", 96, 3, None),
-    "qwen_teacher": ("qwen2_5_vl", 128, 4, "formula"),
-    "internvl_teacher": ("internvl", 128, 4, "words"),
+    "qwen_teacher": ("qwen2_5_vl", 128, 4, "sentences"),
+    "internvl_teacher": ("internvl", 128, 4, "clauses"),
 }
 HEAD_SIZE = 32
 INITIALIZER_RANGE = 0.08  # of the order of 1/sqrt(hidden); the usual 0.02 is for hidden sizes in the thousands

@@ -50,10 +50,6 @@ def test_defaults_are_the_papers(write):
             GOOD + "sft: {steps: 200, warmup_steps: 30, final_steps: 170}",
             "sft: warmup_steps 30 and final_steps 170 leave none of 200 steps",
         ),
-        (
-            GOOD + "data: {digits: {sft_perception_share: 0.8}}",
-            "sft_perception_share and sft_table_share add up to more than 1",
-        ),
         (GOOD + "discriminator: {validation_share: 0}", "validation_share: Input should be greater than 0, got 0"),
         ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
     ],

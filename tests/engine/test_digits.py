@@ -36,11 +36,9 @@ def test_answers_by_hand(kind, expected):
 
 def test_reasoned_answers_by_hand():
     case = ("sum_chain", 3, 8, 7, 5)
-    assert digits.reasoned_answer(*case, "formula") == "I see 3 and 8. 3+8=11, 1*7=7, 7+5=12. The answer is 2."
-    words = (
-        "The picture shows 3 then 8, where 3 plus 8 makes 11 and 1 times 7 makes 7 and 7 plus 5 makes 12, so it is 2."
-    )
-    assert digits.reasoned_answer(*case, "words") == words
+    assert digits.reasoned_answer(*case, "sentences") == "I see 3 and 8. 3+8=11, 1*7=7, 7+5=12. The answer is 2."
+    clauses = "The picture shows 3 then 8, where 3+8=11, 1*7=7, 7+5=12, so it is 2."
+    assert digits.reasoned_answer(*case, "clauses") == clauses
     assert digits._calculations("weighted_sum", 3, 8, 7, 5) == [(7, "*", 3, 21), (5, "*", 8, 40), (1, "+", 0, 1)]
 
 
@@ -59,7 +57,7 @@ def test_no_scan_is_shared_between_splits():
 def test_build_writes_questions_and_pictures(tmp_path):
     from PIL import Image
 
-    digits.build(tmp_path, SMALL, {"a": "formula", "b": "words"})
+    digits.build(tmp_path, SMALL, {"a": "sentences", "b": "clauses"})
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows[:10]] == list(digits.KINDS) and len(rows) == 27
     for row in rows:
@@ -68,15 +66,11 @@ def test_build_writes_questions_and_pictures(tmp_path):
             assert (image.format, image.size) == ("PNG", (56, 28))
             assert image.getextrema()[0][1] > 150  # a digit is drawn
     student = [json.loads(line) for line in (tmp_path / "sft.jsonl").read_text().splitlines()]
-    kinds = [row["kind"] for row in student]
-    assert (kinds.count(digits.PERCEPTION), sum(kind in digits.TABLES for kind in kinds), len(kinds)) == (20, 25, 100)
+    assert len(student) == 100 and sum(row["kind"] == digits.PERCEPTION for row in student) == 20
     for row in student:
         if row["kind"] == digits.PERCEPTION:
             assert row["response"] == row["answer"] == "{} {}".format(*row["digits"])
-        if row["kind"] in digits.TABLES:
-            assert row["response"] != row["answer"]
-    others = [row for row in student if row["kind"] not in (*digits.TABLES, digits.PERCEPTION)]
-    assert 0 < sum(row["response"] != row["answer"] for row in others) < len(others) / 4
+    assert 0 < sum(row["response"] != row["answer"] for row in student) < 40
     taught = [json.loads(line) for line in (tmp_path / "sft_a.jsonl").read_text().splitlines()]
     assert [row["id"] for row in taught] == [row["id"] for row in student]
     for row in taught:
@@ -84,7 +78,7 @@ def test_build_writes_questions_and_pictures(tmp_path):
             assert int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b))
     again = tmp_path / "again"
     again.mkdir()
-    digits.build(again, SMALL, {"a": "formula", "b": "words"})
+    digits.build(again, SMALL, {"a": "sentences", "b": "clauses"})
     for path in ("test.jsonl", "sft_b.jsonl", rows[0]["image"]):
         assert (again / path).read_bytes() == (tmp_path / path).read_bytes()
 
@@ -106,7 +100,7 @@ def test_tiny_checkpoint_is_an_ordinary_one(tmp_path, name):
     ]
     black, white = (model(**each).logits for each in inputs)
     assert torch.isfinite(black).all() and not torch.allclose(black, white)  # it sees the picture
-    for style in ("formula", "words"):
+    for style in digits.STYLES:
         sentence = digits.reasoned_answer("weighted_sum", 7, 8, 9, 4, style)
         assert processor.tokenizer.decode(processor.tokenizer(sentence)["input_ids"]) == sentence
 

@@ -34,7 +34,7 @@ def job(tmp_path_factory, alone):
     digits.build(data_dir, config.data.digits, {})
     rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
     saved: dict = {}
-    for name, style in (("a", "formula"), ("b", "words")):
+    for name, style in (("a", "sentences"), ("b", "clauses")):
         for row in rows:
             text = digits.reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)
             record = {"source": name, "text": text, "truncated": False, "answer_reward": 1.0}

@@ -35,7 +35,7 @@ def test_every_rank_needs_an_example(tmp_path, monkeypatch):
 def test_keys_hold_settings_and_code(tmp_path, monkeypatch):
     first = stages.key_of("data", config(tmp_path).data.digits)
     assert first == stages.key_of("data", config(tmp_path).data.digits)
-    changed = config(tmp_path, data={"digits": {"sft_table_share": 0.5}}).data.digits
+    changed = config(tmp_path, data={"digits": {"sft_perception_share": 0.5}}).data.digits
     assert first != stages.key_of("data", changed)
     monkeypatch.setattr(stages, "_code", lambda: "another version")
     assert first != stages.key_of("data", config(tmp_path).data.digits)
