@@ -32,7 +32,7 @@ class DigitsConfig(Section):
     test_digits: Count = Field(400, description="source digits only seen in test pictures")
     sft_questions: Count = Field(12000, description="rows of instruction data")
     sft_perception_share: Share = Field(0.2, description="of the SFT rows that only ask for the digits")
-    sft_reasoned_share: Share = Field(0.2, description="of the student's other SFT rows that reason; the rest is terse")
+    sft_reasoned_share: Share = Field(0.1, description="of the student's other SFT rows that reason; the rest is terse")
 
 
 class DataConfig(Section):
