@@ -27,10 +27,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "ril_abi_version": (),
     # rewards (N,) f32, groups (N,) i64, num_responses, kind, advantages (N,) f32 out
     "ril_group_advantages_f32": (_POINTER, _POINTER, _INT64, _INT32, _POINTER),
-    # ..., logprob, entropy, lse (rows,) f32 out
+    # ..., logprob, entropy (rows,) f32, lse (rows,) f64 out
     "ril_logits_stats_f32": (*_LOGITS, _POINTER, _POINTER, _POINTER),
     "ril_logits_stats_bf16": (*_LOGITS, _POINTER, _POINTER, _POINTER),
-    # ..., lse, entropy, grad_logprob, grad_entropy (rows,) f32; logits in and out
+    # ..., lse f64, entropy, grad_logprob, grad_entropy f32 (rows,); logits in and out
     "ril_logits_grad_f32": (*_LOGITS, _POINTER, _POINTER, _POINTER, _POINTER),
     "ril_logits_grad_bf16": (*_LOGITS, _POINTER, _POINTER, _POINTER, _POINTER),
 }

@@ -37,8 +37,11 @@ def logits_stats(
     target: Tensor,  # (R,) int64; outside [0, V): the row does not count
     temperature: Tensor,  # (R,) float32
     softcap: float,  # 0: none
-) -> tuple[Tensor, Tensor, Tensor]:  # log-prob, entropy, log-sum-exp, (R,) float32; 0 for rows that do not count
-    logprob, entropy, lse = (torch.empty_like(temperature) for _ in range(3))
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # log-prob, entropy (R,) float32, log-sum-exp (R,) float64; 0 for rows that do not count
+    logprob, entropy = torch.empty_like(temperature), torch.empty_like(temperature)
+    lse = torch.empty_like(temperature, dtype=torch.float64)  # float32 would cost p its digits at logits of 100
     _native.call(f"ril_logits_stats_{_SUFFIX[logits.dtype]}", *_arguments(logits, target, temperature, softcap),
                  logprob.data_ptr(), entropy.data_ptr(), lse.data_ptr())  # fmt: skip
     return logprob, entropy, lse
@@ -56,7 +59,8 @@ def logits_grad(
     grad_entropy: Tensor,  # (R,)
 ) -> None:
     rows = (lse, entropy, grad_logprob, grad_entropy)
-    assert all(value.dtype == torch.float32 and value.is_contiguous() for value in rows)
+    dtypes = (torch.float64, torch.float32, torch.float32, torch.float32)
+    assert all(v.dtype == dtype and v.is_contiguous() for v, dtype in zip(rows, dtypes, strict=True))
     _native.call(f"ril_logits_grad_{_SUFFIX[logits.dtype]}", *_arguments(logits, target, temperature, softcap),
                  *(value.data_ptr() for value in rows))  # fmt: skip
 
@@ -72,7 +76,8 @@ def _arguments(logits: Tensor, target: Tensor, temperature: Tensor, softcap: flo
 
 @logits_stats.register_fake
 def _(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(temperature), torch.empty_like(temperature), torch.empty_like(temperature)
+    lse = torch.empty_like(temperature, dtype=torch.float64)
+    return torch.empty_like(temperature), torch.empty_like(temperature), lse
 
 
 @logits_grad.register_fake

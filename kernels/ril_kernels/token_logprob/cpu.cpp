@@ -65,6 +65,16 @@ inline float scaled(float logit, const Head& head, float* slope) {
   return head.softcap * tanh / head.temperature;
 }
 
+// Log-sum-exp as two float32: z - high is exact where p is large, so that a logit of 300 does not cost p 5 digits.
+struct LogSumExp {
+  float high, low;
+
+  explicit LogSumExp(double value) : high(static_cast<float>(value)), low(static_cast<float>(value - high)) {
+    if (!std::isfinite(high)) low = 0.0f;
+  }
+  float logprob(float z) const { return z - high - low; }
+};
+
 // Sums over a row, relative to the largest z so far.
 struct Sums {
   float top = -INF;
@@ -105,11 +115,11 @@ void block_sums_scalar(const T* logits, int64_t count, const Head& head, Sums* s
 }
 
 template <typename T>
-void row_grad_scalar(T* logits, int64_t count, const Head& head, float lse, float entropy, float grad_logprob,
+void row_grad_scalar(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy, float grad_logprob,
                      float grad_entropy) {
   for (int64_t i = 0; i < count; ++i) {
     float slope;
-    const float logprob = scaled(widen(logits[i]), head, &slope) - lse;
+    const float logprob = lse.logprob(scaled(widen(logits[i]), head, &slope));
     const float p = exp_or_zero(logprob);
     const float inner = p == 0.0f ? 0.0f : p * (grad_logprob + grad_entropy * (logprob + entropy));
     narrow(p == p ? -slope * inner : p, logits + i);
@@ -229,16 +239,16 @@ RIL_AVX2 void block_sums_avx2(const T* logits, int64_t count, const Head& head, 
 }
 
 template <typename T, bool CAPPED>
-RIL_AVX2 void row_grad_avx2(T* logits, int64_t count, const Head& head, float lse, float entropy, float grad_logprob,
+RIL_AVX2 void row_grad_avx2(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy, float grad_logprob,
                             float grad_entropy) {
-  const __m256 minus_lse = _mm256_set1_ps(-lse), low = _mm256_set1_ps(EXP_LOW * 2);
+  const __m256 high = _mm256_set1_ps(lse.high), rest = _mm256_set1_ps(lse.low), low = _mm256_set1_ps(EXP_LOW * 2);
   // p (grad_logprob + grad_entropy (logprob + entropy)) with the constants taken together
   const __m256 constant = _mm256_set1_ps(-(grad_logprob + grad_entropy * entropy));
   const __m256 factor = _mm256_set1_ps(-grad_entropy);
   const int64_t whole = count & ~int64_t{7};
   for (int64_t i = 0; i < whole; i += 8) {
     const Vec v = scaled8<CAPPED>(load8(logits + i), head);
-    const __m256 logprob = _mm256_max_ps(low, _mm256_add_ps(v.z, minus_lse));
+    const __m256 logprob = _mm256_max_ps(low, _mm256_sub_ps(_mm256_sub_ps(v.z, high), rest));
     const __m256 p = exp8(logprob);
     const __m256 inner = _mm256_fmadd_ps(factor, logprob, constant);
     store8(logits + i, _mm256_mul_ps(v.slope, _mm256_mul_ps(p, inner)));
@@ -266,7 +276,8 @@ void block_sums(const T* logits, int64_t count, const Head& head, bool vectors, 
 }
 
 template <typename T>
-void row_grad(T* logits, int64_t count, const Head& head, bool vectors, float lse, float entropy, float grad_logprob,
+void row_grad(T* logits, int64_t count, const Head& head, bool vectors, const LogSumExp& lse, float entropy,
+              float grad_logprob,
               float grad_entropy) {
 #if defined(__x86_64__)
   if (vectors && head.softcap == 0.0f) {
@@ -289,7 +300,7 @@ bool use_vectors(int32_t isa) {
 
 template <typename T>
 int32_t stats(const T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64_t* target,
-              const float* temperature, float softcap, int32_t isa, float* logprob, float* entropy, float* lse) {
+              const float* temperature, float softcap, int32_t isa, float* logprob, float* entropy, double* lse) {
   if (logits == nullptr || target == nullptr || temperature == nullptr) return RIL_BAD_ARGUMENT;
   if (logprob == nullptr || entropy == nullptr || lse == nullptr) return RIL_BAD_ARGUMENT;
   if (rows < 0 || vocab < 1 || stride < vocab || isa < ISA_AUTO || isa > ISA_SCALAR) return RIL_BAD_ARGUMENT;
@@ -297,7 +308,8 @@ int32_t stats(const T* logits, int64_t stride, int64_t rows, int64_t vocab, cons
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < rows; ++row) {
     if (target[row] < 0 || target[row] >= vocab) {  // a row that does not count
-      logprob[row] = entropy[row] = lse[row] = 0.0f;
+      logprob[row] = entropy[row] = 0.0f;
+      lse[row] = 0.0;
       continue;
     }
     const T* line = logits + row * stride;
@@ -312,14 +324,14 @@ int32_t stats(const T* logits, int64_t stride, int64_t rows, int64_t vocab, cons
     // Relative to the top, not to the log-sum-exp: the difference of two large float32 would lose digits.
     logprob[row] = static_cast<float>(static_cast<double>(chosen) - sums.top - log_mass);
     entropy[row] = static_cast<float>(log_mass - sums.weight / sums.mass);
-    lse[row] = static_cast<float>(sums.top + log_mass);
+    lse[row] = sums.top + log_mass;
   }
   return RIL_OK;
 }
 
 template <typename T>
 int32_t grad(T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64_t* target, const float* temperature,
-             float softcap, int32_t isa, const float* lse, const float* entropy, const float* grad_logprob,
+             float softcap, int32_t isa, const double* lse, const float* entropy, const float* grad_logprob,
              const float* grad_entropy) {
   if (logits == nullptr || target == nullptr || temperature == nullptr || lse == nullptr) return RIL_BAD_ARGUMENT;
   if (entropy == nullptr || grad_logprob == nullptr || grad_entropy == nullptr) return RIL_BAD_ARGUMENT;
@@ -336,8 +348,9 @@ int32_t grad(T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64
     const Head head{temperature[row], softcap};
     float slope;
     const float logit = widen(line[target[row]]);
-    const float logprob = scaled(logit, head, &slope) - lse[row];
-    row_grad(line, vocab, head, vectors, lse[row], entropy[row], grad_logprob[row], grad_entropy[row]);
+    const LogSumExp total(lse[row]);
+    const float logprob = total.logprob(scaled(logit, head, &slope));
+    row_grad(line, vocab, head, vectors, total, entropy[row], grad_logprob[row], grad_entropy[row]);
     // The target's own element, in one rounding: 1 - p and not p subtracted from what was rounded already.
     const float p = exp_or_zero(logprob);
     const float through_entropy = p == 0.0f ? 0.0f : p * grad_entropy[row] * (logprob + entropy[row]);
@@ -353,7 +366,7 @@ int32_t grad(T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64
 #define RIL_LOGITS_STATS(name, type)                                                                                 \
   extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t vocab,                \
                                      const int64_t* target, const float* temperature, float softcap, int32_t isa,    \
-                                     float* logprob, float* entropy, float* lse) {                                   \
+                                     float* logprob, float* entropy, double* lse) {                                   \
     return stats(static_cast<const type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, logprob,  \
                  entropy, lse);                                                                                      \
   }
@@ -365,7 +378,7 @@ RIL_LOGITS_STATS(ril_logits_stats_bf16, Bf16)
 #define RIL_LOGITS_GRAD(name, type)                                                                                  \
   extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t vocab,                      \
                                      const int64_t* target, const float* temperature, float softcap, int32_t isa,    \
-                                     const float* lse, const float* entropy, const float* grad_logprob,              \
+                                     const double* lse, const float* entropy, const float* grad_logprob,              \
                                      const float* grad_entropy) {                                                    \
     return grad(static_cast<type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, lse, entropy,    \
                 grad_logprob, grad_entropy);                                                                         \

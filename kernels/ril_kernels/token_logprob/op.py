@@ -72,7 +72,7 @@ class _TokenLogprob(torch.autograd.Function):
         hidden, lm_head, bias, target, temperature, lse, entropy = ctx.saved_tensors
         if grad_logprob is None and grad_entropy is None:
             return (None,) * 6
-        grads = [torch.zeros_like(lse) if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
+        grads = [torch.zeros_like(entropy) if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
         head = Head(hidden, lm_head, target, bias, temperature, ctx.softcap)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3])
         for part, logits in head.chunks():
@@ -87,7 +87,7 @@ def all_stats(head: Head) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(map(torch.cat, zip(*parts, strict=True)))
 
 
-def _fused(
+def fused_token_logprob(
     hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob_reference` in chunks. Rows that do not count take part in no GEMM where their number may be
@@ -144,5 +144,5 @@ def token_logprob(
     if resolve_backend(backend, hidden) == "reference":
         logprobs, entropy = token_logprob_reference(hidden, lm_head, target, **head, ignore_index=ignore_index)
     else:
-        logprobs, entropy = _fused(hidden, lm_head, target.masked_fill(target == ignore_index, -1), **head)
+        logprobs, entropy = fused_token_logprob(hidden, lm_head, target.masked_fill(target == ignore_index, -1), **head)
     return (logprobs, entropy) if return_entropy else logprobs
