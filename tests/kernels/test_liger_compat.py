@@ -1,4 +1,4 @@
-"""liger_compat against the class of the same name in Liger-Kernel 0.8.5: one call, the same loss, metrics, gradients."""
+"""liger_compat against the class of that name in Liger-Kernel 0.8.5: one call, the same loss, metrics, gradients."""
 
 import inspect
 
