@@ -248,5 +248,7 @@ def test_named_backends_that_cannot_run_raise():
     inputs = make_inputs("tiny", torch.float16)
     with pytest.raises(ValueError, match="backend: got 'cpu' for float16 on cpu, expected float32 or bfloat16"):
         token_logprob(**inputs, backend="cpu")
-    with pytest.raises(ValueError, match="backend: got 'gpu', expected one of 'auto', 'reference', 'cpu'"):
+    with pytest.raises(ValueError, match="backend: got 'triton' for float16 on cpu, expected float32, bfloat16 or"):
+        token_logprob(**inputs, backend="triton")
+    with pytest.raises(ValueError, match="backend: got 'gpu', expected one of 'auto', 'reference', 'cpu', 'triton'"):
         token_logprob(**inputs, backend="gpu")

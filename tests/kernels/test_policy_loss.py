@@ -369,7 +369,7 @@ def error_cases() -> list:
         case(value, r"sampler_logprobs: got shape \(3,\), expected \(T,\)", sampler_logprobs=three),
         case(value, r"importance_weights: got shape \(3,\), expected \(T,\)", importance_weights=three),
         case(value, r"lm_head: got strides \(1, 5\), expected a contiguous", lm_head=torch.zeros(4, 5).T),
-        case(value, r"backend: got 'triton', expected one of 'auto'", backend="triton"),
+        case(value, r"backend: got 'gpu', expected one of 'auto'", backend="gpu"),
         case(TypeError, r"behavior_logprobs: got dtype float64, expected", behavior_logprobs=three.double()),
         case(value, r"behavior_logprobs: got shape \(3,\), expected \(T,\)", behavior_logprobs=three),
         case(TypeError, r"reference_logprobs: got dtype float16", reference_logprobs=torch.zeros(5).half()),

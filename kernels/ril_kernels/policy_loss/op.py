@@ -207,8 +207,8 @@ class _PolicyLoss(torch.autograd.Function):
     """Loss, log-probs and entropies with d(hidden), d(lm_head) and d(bias) made in the same pass over the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head, bias, target, terms, settings, temperature, softcap) -> tuple[Tensor, ...]:
-        head = Head(hidden, lm_head, target, bias, temperature, softcap)
+    def forward(ctx, hidden, lm_head, bias, target, terms, settings, *options) -> tuple[Tensor, ...]:
+        head = Head(hidden, lm_head, target, bias, *options)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3])
         logprobs, entropies = [], []
         for part, logits in head.chunks():
@@ -238,7 +238,7 @@ class _PolicyLoss(torch.autograd.Function):
         # Where reading is free the usual factor of 1 saves a pass over d(lm_head).
         if not (grad_loss.device.type == "cpu" and float(grad_loss) == 1.0):
             gradients = [None if each is None else each.mul_(grad_loss) for each in gradients]
-        return *gradients, None, None, None, None, None
+        return *gradients, None, None, None, None, None, None
 
 
 def _fused(
@@ -249,26 +249,29 @@ def _fused(
     settings: LossSettings,
     response_index: Tensor | None,
     bias: Tensor | None,
-    **head: object,
+    temperature: float | Tensor,
+    softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, PolicyMetrics]:
     """policy_loss_reference in one pass over chunks of logits; tokens without a gradient cost nothing."""
     needed = needed_tokens(terms, settings)
     target = target.masked_fill(~needed, -1)
     inputs = (hidden, lm_head, bias)
     wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    if response_index is not None or not wants_grad or not bool(needed.any()):
+    on_cpu = hidden.device.type == "cpu"  # on a GPU, reading `needed` would be a host sync
+    if response_index is not None or not wants_grad or (on_cpu and not bool(needed.any())):
         # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
-        policy, entropy = fused_token_logprob(hidden, lm_head, target, bias, **head)
+        policy, entropy = fused_token_logprob(hidden, lm_head, target, bias, temperature, softcap, backend)
         return policy_terms(policy, entropy, terms, settings, response_index)
-    rows = None
-    if not bool(needed.all()):
+    rows, each = None, terms
+    if on_cpu and not bool(needed.all()):
         rows = needed.nonzero().squeeze(1)
-        hidden, target = hidden.index_select(0, rows), target[rows]
-        if isinstance(head["temperature"], Tensor):
-            head["temperature"] = head["temperature"][rows]
-    each = terms if rows is None else terms.rows(rows)
-    settings_of_head = head["temperature"], head["softcap"]
-    loss, policy, entropy = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *settings_of_head)
+        hidden, target, each = hidden.index_select(0, rows), target[rows], terms.rows(rows)
+        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    elif not on_cpu:
+        hidden = hidden.masked_fill(~needed[:, None], 0.0)  # 0 times NaN would reach d(lm_head)
+    options = (temperature, softcap, backend)
+    loss, policy, entropy = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
     if rows is not None:
         zeros = policy.new_zeros(len(needed))
         policy, entropy = zeros.index_copy(0, rows, policy), zeros.index_copy(0, rows, entropy)
@@ -320,7 +323,8 @@ def policy_loss(
     Loss and gradients come from one pass over chunks of logits, three GEMMs in all (four with ratio_level
     "sequence"); tokens whose gradient is known to be 0 (masked, or of advantage 0 without KL and entropy bonus) are
     left out of all of them, and of the metrics. Backward may run once. `backend`: auto is "cpu" (C++) for float32
-    and bfloat16 on a CPU and "reference" for everything else.
+    and bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" for everything else. A GPU leaves no token
+    out of the GEMMs yet: it would take an index built on the host.
     """
     shapes = check_head_inputs(hidden, lm_head, target, bias, temperature, softcap)
     settings = LossSettings(
@@ -358,15 +362,9 @@ def policy_loss(
         weight = 1.0 / length.clamp(min=1.0)[response_index]
     constants = {name: None if value is None else value.detach() for name, value in per_token.items()}
     terms = TokenTerms(spread, weight, mask, mask if kl_mask is None else kl_mask, **constants)
-    function = policy_loss_reference if resolve_backend(backend, hidden) == "reference" else _fused
-    return function(
-        hidden,
-        lm_head,
-        target,
-        terms,
-        settings,
-        response_index if ratio_level == "sequence" else None,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-    )
+    response_index = response_index if ratio_level == "sequence" else None
+    head = {"bias": bias, "temperature": temperature, "softcap": softcap}
+    backend = resolve_backend(backend, hidden)
+    if backend == "reference":
+        return policy_loss_reference(hidden, lm_head, target, terms, settings, response_index, **head)
+    return _fused(hidden, lm_head, target, terms, settings, response_index, **head, backend=backend)

@@ -6,6 +6,7 @@ chunk once, `logits_grad` reads it once more and writes d(logits) over it. Betwe
 turns log-probs into their gradient: a (R,) problem, so that the maths of a loss exists once, in PyTorch.
 """
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -14,21 +15,32 @@ from torch import Tensor
 from ril_kernels import _native
 from ril_kernels._checks import dtype_name, refuse
 
-BACKENDS = ("auto", "reference", "cpu")
+BACKENDS = ("auto", "reference", "cpu", "triton")
 # Bytes of a chunk of logits. On a CPU a chunk streams the head from memory once, so larger is faster until the
 # logits themselves leave the cache; on a GPU 1 to 4 thousand tokens keep cuBLAS busy.
 CHUNK_BYTES = {"cpu": 208 * 2**20, "cuda": 1024 * 2**20}
 MAX_CHUNK_ROWS = {"cpu": 1024, "cuda": 4096}
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def resolve_backend(backend: str, hidden: Tensor) -> str:
     """The form that runs: for "auto" a function of device and dtype alone. A named one that cannot run raises."""
     runs_on_cpu = hidden.device.type == "cpu" and hidden.dtype in _SUFFIX
+    runs_on_gpu = hidden.device.type == "cuda" and hidden.dtype in _TRITON_DTYPES
+    if backend == "auto":
+        return "cpu" if runs_on_cpu else "triton" if runs_on_gpu else "reference"
+    got = f"{backend!r} for {dtype_name(hidden.dtype)} on {hidden.device}"
     if backend == "cpu" and not runs_on_cpu:
-        got = f"'cpu' for {dtype_name(hidden.dtype)} on {hidden.device}"
         refuse("backend", got, "float32 or bfloat16 on a CPU", "Use backend='auto'.")
-    return ("cpu" if runs_on_cpu else "reference") if backend == "auto" else backend
+    if backend == "triton" and not runs_on_gpu and not _interprets(hidden):
+        refuse("backend", got, "float32, bfloat16 or float16 on a CUDA device", "Use backend='auto'.")
+    return backend
+
+
+def _interprets(hidden: Tensor) -> bool:
+    """Triton's interpreter runs the kernels on CPU tensors: for tests, in a process that has it on from its start."""
+    return hidden.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.library.custom_op("ril_kernels::logits_stats", mutates_args=(), device_types="cpu")
@@ -74,6 +86,20 @@ def _arguments(logits: Tensor, target: Tensor, temperature: Tensor, softcap: flo
     return logits.data_ptr(), stride, rows, vocab, target.data_ptr(), temperature.data_ptr(), softcap, _native.ISA
 
 
+@logits_stats.register_kernel("cuda")
+def _logits_stats_triton(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float):
+    from ril_kernels.token_logprob.triton import logits_stats as launch
+
+    return launch(logits, target, temperature, softcap)
+
+
+@logits_grad.register_kernel("cuda")
+def _logits_grad_triton(logits, target, temperature, softcap, lse, entropy, grad_logprob, grad_entropy) -> None:
+    from ril_kernels.token_logprob.triton import logits_grad as launch
+
+    launch(logits, target, temperature, softcap, lse, entropy, grad_logprob, grad_entropy)
+
+
 @logits_stats.register_fake
 def _(logits: Tensor, target: Tensor, temperature: Tensor, softcap: float) -> tuple[Tensor, Tensor, Tensor]:
     lse = torch.empty_like(temperature, dtype=torch.float64)
@@ -105,6 +131,7 @@ class Head:
         bias: Tensor | None,
         temperature: float | Tensor,
         softcap: float | None,
+        backend: str,  # "cpu" or "triton"
     ) -> None:
         self.hidden, self.lm_head, self.bias, self.target = hidden, lm_head, bias, target.contiguous()
         if isinstance(temperature, Tensor):
@@ -112,10 +139,15 @@ class Head:
         else:
             self.temperature = torch.full((len(hidden),), temperature, dtype=torch.float32, device=hidden.device)
         self.softcap = softcap or 0.0
+        # The custom op picks the form by device; the interpreter's tensors are on the CPU.
+        interpreted = backend == "triton" and hidden.device.type == "cpu"
+        self._stats, self._grad = (
+            (_logits_stats_triton, _logits_grad_triton) if interpreted else (logits_stats, logits_grad)
+        )
         num_vocab = len(lm_head)
         self.rows = chunk_rows(len(hidden), num_vocab, hidden.dtype, hidden.device.type)
         # A row stride of whole 16 elements: 128-bit loads and stores in the Triton epilogues.
-        stride = num_vocab if hidden.device.type == "cpu" else -(-num_vocab // 16) * 16
+        stride = -(-num_vocab // 16) * 16 if backend == "triton" else num_vocab
         self._buffer = hidden.new_empty(self.rows, stride)[:, :num_vocab]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -130,10 +162,10 @@ class Head:
             yield part, logits
 
     def stats(self, part: slice, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return logits_stats(logits, self.target[part], self.temperature[part], self.softcap)
+        return self._stats(logits, self.target[part], self.temperature[part], self.softcap)
 
     def grad_(self, part: slice, logits: Tensor, lse: Tensor, entropy: Tensor, *grads: Tensor) -> None:
-        logits_grad(logits, self.target[part], self.temperature[part], self.softcap, lse, entropy, *grads)
+        self._grad(logits, self.target[part], self.temperature[part], self.softcap, lse, entropy, *grads)
 
 
 class HeadGradients:

@@ -59,11 +59,11 @@ class _TokenLogprob(torch.autograd.Function):
     """One GEMM forward; backward makes the logits again, chunk by chunk, and needs three."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head, bias, target, temperature, softcap) -> tuple[Tensor, Tensor]:
-        head = Head(hidden, lm_head, target, bias, temperature, softcap)
+    def forward(ctx, hidden, lm_head, bias, target, temperature, softcap, backend) -> tuple[Tensor, Tensor]:
+        head = Head(hidden, lm_head, target, bias, temperature, softcap, backend)
         logprob, entropy, lse = all_stats(head)
         ctx.save_for_backward(hidden, lm_head, bias, target, head.temperature, lse, entropy)
-        ctx.softcap = softcap
+        ctx.softcap, ctx.backend = softcap, backend
         ctx.set_materialize_grads(False)
         return logprob, entropy
 
@@ -71,14 +71,14 @@ class _TokenLogprob(torch.autograd.Function):
     def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple:
         hidden, lm_head, bias, target, temperature, lse, entropy = ctx.saved_tensors
         if grad_logprob is None and grad_entropy is None:
-            return (None,) * 6
+            return (None,) * 7
         grads = [torch.zeros_like(entropy) if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
-        head = Head(hidden, lm_head, target, bias, temperature, ctx.softcap)
+        head = Head(hidden, lm_head, target, bias, temperature, ctx.softcap, ctx.backend)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3])
         for part, logits in head.chunks():
             head.grad_(part, logits, lse[part], entropy[part], *(g[part] for g in grads))
             gradients.add(part, logits)
-        return *gradients.results(), None, None, None
+        return *gradients.results(), None, None, None, None
 
 
 def all_stats(head: Head) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,13 @@ def all_stats(head: Head) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fused_token_logprob(
-    hidden: Tensor, lm_head: Tensor, target: Tensor, bias: Tensor | None, temperature: float | Tensor, softcap
+    hidden: Tensor,
+    lm_head: Tensor,
+    target: Tensor,  # below 0: the row does not count
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`token_logprob_reference` in chunks. Rows that do not count take part in no GEMM where their number may be
     read, on a CPU; where it may not, they are zeros."""
@@ -102,9 +108,9 @@ def fused_token_logprob(
     if rows is None or int(target[0]) < 0:
         hidden = hidden.masked_fill((target < 0)[:, None], 0.0)  # 0 times NaN would reach d(lm_head)
     if wants_grad:
-        logprob, entropy = _TokenLogprob.apply(hidden, lm_head, bias, target, temperature, softcap)
+        logprob, entropy = _TokenLogprob.apply(hidden, lm_head, bias, target, temperature, softcap, backend)
     else:
-        logprob, entropy, _ = all_stats(Head(hidden, lm_head, target, bias, temperature, softcap))
+        logprob, entropy, _ = all_stats(Head(hidden, lm_head, target, bias, temperature, softcap, backend))
     if rows is None:
         return logprob, entropy
     zeros = logprob.new_zeros(len(counts))
@@ -131,7 +137,8 @@ def token_logprob(
 
     The (T, V) logits never exist as a whole. Without gradients one GEMM runs and nothing is kept; backward makes
     the logits again, chunk by chunk, and reads `lm_head` again. `backend`: auto is "cpu" (C++) for float32 and
-    bfloat16 on a CPU and "reference" (PyTorch, which does hold the logits) for everything else.
+    bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" (PyTorch, which does hold the logits) for
+    everything else.
     """
     shapes = check_head_inputs(hidden, lm_head, target, bias, temperature, softcap)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -141,8 +148,11 @@ def token_logprob(
         remedy = f"Use ignore_index={ignore_index} for rows that do not count."
         check_index_range("target", target[target != ignore_index], shapes.size["V"], "V", remedy)
     head = {"bias": bias, "temperature": temperature, "softcap": softcap}
-    if resolve_backend(backend, hidden) == "reference":
+    backend = resolve_backend(backend, hidden)
+    if backend == "reference":
         logprobs, entropy = token_logprob_reference(hidden, lm_head, target, **head, ignore_index=ignore_index)
     else:
-        logprobs, entropy = fused_token_logprob(hidden, lm_head, target.masked_fill(target == ignore_index, -1), **head)
+        logprobs, entropy = fused_token_logprob(
+            hidden, lm_head, target.masked_fill(target == ignore_index, -1), **head, backend=backend
+        )
     return (logprobs, entropy) if return_entropy else logprobs
