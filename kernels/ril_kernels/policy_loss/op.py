@@ -33,9 +33,20 @@ from ril_kernels.policy_loss.reference import (
     policy_loss_reference,
     policy_terms,
 )
-from ril_kernels.token_logprob.chunks import BACKENDS, Head, HeadGradients, resolve_backend
+from ril_kernels.token_logprob.chunks import (
+    BACKENDS,
+    Head,
+    HeadGradients,
+    counted_rows,
+    put_back,
+    resolve_backend,
+    take,
+)
 from ril_kernels.token_logprob.op import check_head_inputs, fused_token_logprob
 
+# Arguments that may stay on the CPU beside a hidden on a GPU. When all that are given do, the tokens without a gradient
+# are known on the host and left out.
+HOST_SIDE = ("response_index", "mask", "kl_mask", "rewards", "groups", "advantages", "token_advantages")
 ADVANTAGE_BACKENDS = ("auto", "reference", "cpu")
 
 
@@ -105,6 +116,7 @@ def group_advantages(
 
 
 def _token_advantages(
+    hidden_device: torch.device,
     response_index: Tensor,
     shapes: Shapes,
     dtype: torch.dtype,
@@ -127,21 +139,22 @@ def _token_advantages(
     check_choice("advantage", kind, ADVANTAGE_KINDS, "dr_grpo is what RIL uses.")
     device = response_index.device
     if rewards is not None:
-        advantages = group_advantages(rewards, groups, kind=kind).to(device, dtype)
+        advantages = group_advantages(rewards, groups, kind=kind).to(dtype)
     name, value, letter = "advantages", advantages, "N"
     if token_advantages is not None:
         name, value, letter = "token_advantages", token_advantages, "T"
     check_tensor(name, value, (dtype,), "Cast it.")
-    check_device(name, value, "hidden", device)
+    if value.device.type != "cpu":
+        check_device(name, value, "hidden", hidden_device)
     shapes.check(name, value, letter, "advantages is per response, token_advantages per token.")
-    if device.type == "cpu":
+    if value.device.type == "cpu":
         check_finite(name, value, "Find out which reward function produced it.")
     if letter == "T":
         check_index_range("response_index", response_index, 2**62, "N", "Number the responses from 0.")
-        return value.detach(), int(response_index.max()) + 1
+        return value.detach().to(device), int(response_index.max()) + 1
     remedy = "It numbers the responses in the order of rewards or advantages."
     check_index_range("response_index", response_index, shapes.size["N"], "N", remedy)
-    return value.detach()[response_index], shapes.size["N"]
+    return value.detach().to(device)[response_index], shapes.size["N"]
 
 
 def _check_settings(settings: LossSettings, ratio_level: str) -> None:
@@ -188,7 +201,8 @@ def _check_per_token(shapes: Shapes, hidden: Tensor, target: Tensor, values: dic
     for name, value in values.items():
         if value is not None or name == "response_index":
             check_tensor(name, value, (dtypes[name],), remedy)
-            check_device(name, value, "hidden", hidden.device)
+            if name not in HOST_SIDE or value.device.type != "cpu":
+                check_device(name, value, "hidden", hidden.device)
             shapes.check(name, value, "T", remedy)
     if target.device.type == "cpu":
         masks = [values[name] for name in ("mask", "kl_mask") if values[name] is not None]
@@ -252,29 +266,23 @@ def _fused(
     temperature: float | Tensor,
     softcap: float | None,
     backend: str,
+    rows: Tensor | None,  # counted_rows of needed_tokens
 ) -> tuple[Tensor, PolicyMetrics]:
     """policy_loss_reference in one pass over chunks of logits; tokens without a gradient cost nothing."""
-    needed = needed_tokens(terms, settings)
-    target = target.masked_fill(~needed, -1)
+    num_tokens = len(target)
+    target = target.masked_fill(~needed_tokens(terms, settings), -1)
     inputs = (hidden, lm_head, bias)
     wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    on_cpu = hidden.device.type == "cpu"  # on a GPU, reading `needed` would be a host sync
-    if response_index is not None or not wants_grad or (on_cpu and not bool(needed.any())):
+    if response_index is not None or not wants_grad:
         # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
-        policy, entropy = fused_token_logprob(hidden, lm_head, target, bias, temperature, softcap, backend)
+        head = {"bias": bias, "temperature": temperature, "softcap": softcap}
+        policy, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
         return policy_terms(policy, entropy, terms, settings, response_index)
-    rows, each = None, terms
-    if on_cpu and not bool(needed.all()):
-        rows = needed.nonzero().squeeze(1)
-        hidden, target, each = hidden.index_select(0, rows), target[rows], terms.rows(rows)
-        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    elif not on_cpu:
-        hidden = hidden.masked_fill(~needed[:, None], 0.0)  # 0 times NaN would reach d(lm_head)
+    hidden, target, temperature = take(rows, hidden, target, temperature)
+    each = terms if rows is None else terms.rows(rows)
     options = (temperature, softcap, backend)
-    loss, policy, entropy = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
-    if rows is not None:
-        zeros = policy.new_zeros(len(needed))
-        policy, entropy = zeros.index_copy(0, rows, policy), zeros.index_copy(0, rows, entropy)
+    loss, *values = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
+    policy, entropy = put_back(rows, num_tokens, *values)
     return loss, policy_terms(policy, entropy, terms, settings)[1]
 
 
@@ -317,14 +325,13 @@ def policy_loss(
 
     Everything is a sum over tokens divided by `norm`, so calls on parts of a batch add up exactly, given the
     same norm; with loss_type "grpo" or "sapo", or ratio_level "sequence", all tokens of a response belong in one
-    call, with `rewards` all responses of a group. `rewards` are read on the host: keep them on the CPU and nothing
-    waits for an accelerator.
+    call, with `rewards` all responses of a group. On a GPU keep `response_index`, masks and rewards (or
+    advantages) on the CPU: nothing waits for the GPU then, and the tokens without a gradient are known in time.
 
     Loss and gradients come from one pass over chunks of logits, three GEMMs in all (four with ratio_level
     "sequence"); tokens whose gradient is known to be 0 (masked, or of advantage 0 without KL and entropy bonus) are
     left out of all of them, and of the metrics. Backward may run once. `backend`: auto is "cpu" (C++) for float32
-    and bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" for everything else. A GPU leaves no token
-    out of the GEMMs yet: it would take an index built on the host.
+    and bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" for everything else.
     """
     shapes = check_head_inputs(hidden, lm_head, target, bias, temperature, softcap)
     settings = LossSettings(
@@ -354,17 +361,24 @@ def policy_loss(
     _check_reference(reference_logprobs, kl_is_set)
     check_choice("backend", backend, BACKENDS, "Leave the default, 'auto'.")
     given = (rewards, groups, advantages, token_advantages)
-    spread, num_responses = _token_advantages(response_index, shapes, result_dtype(hidden.dtype), advantage, *given)
-    mask = torch.ones_like(target, dtype=torch.bool) if mask is None else mask
+    device = hidden.device
+    if not all(value is None or value.device.type == "cpu" for value in (response_index, mask, kl_mask, *given)):
+        response_index = response_index.to(device)
+        mask, kl_mask = (None if value is None else value.to(device) for value in (mask, kl_mask))
+    args = (device, response_index, shapes, result_dtype(hidden.dtype), advantage)
+    spread, num_responses = _token_advantages(*args, *given)
+    mask = torch.ones_like(response_index, dtype=torch.bool) if mask is None else mask
     weight = torch.ones_like(spread)
     if loss_type in RESPONSE_MEAN:
         length = weight.new_zeros(num_responses).index_add(0, response_index, mask.to(weight.dtype))
         weight = 1.0 / length.clamp(min=1.0)[response_index]
     constants = {name: None if value is None else value.detach() for name, value in per_token.items()}
     terms = TokenTerms(spread, weight, mask, mask if kl_mask is None else kl_mask, **constants)
-    response_index = response_index if ratio_level == "sequence" else None
+    rows = counted_rows(needed_tokens(terms, settings), device)
+    terms = terms.to(device)
+    response_index = response_index.to(device) if ratio_level == "sequence" else None
     head = {"bias": bias, "temperature": temperature, "softcap": softcap}
     backend = resolve_backend(backend, hidden)
     if backend == "reference":
         return policy_loss_reference(hidden, lm_head, target, terms, settings, response_index, **head)
-    return _fused(hidden, lm_head, target, terms, settings, response_index, **head, backend=backend)
+    return _fused(hidden, lm_head, target, terms, settings, response_index, **head, backend=backend, rows=rows)

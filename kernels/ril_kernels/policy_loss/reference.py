@@ -52,6 +52,9 @@ class TokenTerms(NamedTuple):
     def rows(self, index: Tensor | slice) -> "TokenTerms":
         return TokenTerms(*(None if value is None else value[index] for value in self))
 
+    def to(self, device: torch.device) -> "TokenTerms":
+        return TokenTerms(*(None if value is None else value.to(device, non_blocking=True) for value in self))
+
 
 class LossSettings(NamedTuple):
     """The numbers of a loss; `policy_loss` documents and checks them."""

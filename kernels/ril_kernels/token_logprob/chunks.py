@@ -120,6 +120,41 @@ def chunk_rows(num_rows: int, num_vocab: int, dtype: torch.dtype, device: str) -
     return -(-num_rows // max(chunks, 1))
 
 
+def counted_rows(
+    counts: Tensor,  # (T,) bool
+    device: torch.device,
+) -> Tensor | None:  # (R,) int64 on `device`; None: all rows, or not known
+    """Index of the rows that count, where it can be had without a host sync: from `counts` on the CPU."""
+    if counts.device.type != "cpu" or torch.compiler.is_compiling() or bool(counts.all()):
+        return None
+    rows = counts.nonzero().squeeze(1)
+    # Where no row counts one dead row takes part: results and gradients are zeros and still have a graph.
+    return (rows if len(rows) else rows.new_zeros(1)).to(device, non_blocking=True)
+
+
+def take(
+    rows: Tensor | None, hidden: Tensor, target: Tensor, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, float | Tensor]:
+    """The rows that take part. Where dead ones may be among them their hidden states are zeros: 0 times NaN would
+    reach d(lm_head)."""
+    if rows is not None:
+        hidden, target = hidden.index_select(0, rows), target[rows]
+        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
+    if len(target) == 1 or (rows is None and (target.device.type != "cpu" or torch.compiler.is_compiling())):
+        hidden = hidden.masked_fill((target < 0)[:, None], 0.0)
+    return hidden, target, temperature
+
+
+def put_back(
+    rows: Tensor | None,
+    num_tokens: int,
+    *values: Tensor,  # (R,)
+) -> list[Tensor]:  # (T,), 0 where not in rows
+    if rows is None:
+        return list(values)
+    return [value.new_zeros(num_tokens).index_copy(0, rows, value) for value in values]
+
+
 class Head:
     """hidden rows x lm_head -> chunks of logits, and back. Holds the buffer that every chunk reuses."""
 

@@ -13,7 +13,15 @@ from ril_kernels._checks import (
     check_tensor,
     refuse,
 )
-from ril_kernels.token_logprob.chunks import BACKENDS, Head, HeadGradients, resolve_backend
+from ril_kernels.token_logprob.chunks import (
+    BACKENDS,
+    Head,
+    HeadGradients,
+    counted_rows,
+    put_back,
+    resolve_backend,
+    take,
+)
 from ril_kernels.token_logprob.reference import IGNORE_INDEX, token_logprob_reference
 
 
@@ -95,26 +103,18 @@ def fused_token_logprob(
     temperature: float | Tensor,
     softcap: float | None,
     backend: str,
+    rows: Tensor | None,  # counted_rows
 ) -> tuple[Tensor, Tensor]:
-    """`token_logprob_reference` in chunks. Rows that do not count take part in no GEMM where their number may be
-    read, on a CPU; where it may not, they are zeros."""
+    """`token_logprob_reference` in chunks: one GEMM forward, three backward."""
     wants_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (hidden, lm_head, bias))
-    counts, rows = target >= 0, None
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(counts.all()):
-        rows = counts.nonzero().squeeze(1)
-        rows = rows if len(rows) else rows.new_zeros(1)  # a single row that does not count: zeros with a graph
-        hidden, target = hidden.index_select(0, rows), target[rows]
-        temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-    if rows is None or int(target[0]) < 0:
-        hidden = hidden.masked_fill((target < 0)[:, None], 0.0)  # 0 times NaN would reach d(lm_head)
+    num_tokens = len(target)
+    hidden, target, temperature = take(rows, hidden, target, temperature)
     if wants_grad:
         logprob, entropy = _TokenLogprob.apply(hidden, lm_head, bias, target, temperature, softcap, backend)
     else:
         logprob, entropy, _ = all_stats(Head(hidden, lm_head, target, bias, temperature, softcap, backend))
-    if rows is None:
-        return logprob, entropy
-    zeros = logprob.new_zeros(len(counts))
-    return zeros.index_copy(0, rows, logprob), zeros.index_copy(0, rows, entropy)
+    logprob, entropy = put_back(rows, num_tokens, logprob, entropy)
+    return logprob, entropy
 
 
 def token_logprob(
@@ -152,7 +152,7 @@ def token_logprob(
     if backend == "reference":
         logprobs, entropy = token_logprob_reference(hidden, lm_head, target, **head, ignore_index=ignore_index)
     else:
-        logprobs, entropy = fused_token_logprob(
-            hidden, lm_head, target.masked_fill(target == ignore_index, -1), **head, backend=backend
-        )
+        target = target.masked_fill(target == ignore_index, -1)
+        rows = counted_rows(target >= 0, hidden.device)
+        logprobs, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
     return (logprobs, entropy) if return_entropy else logprobs
