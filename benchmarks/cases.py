@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,19 +71,22 @@ def _gemms(inputs: dict, count: int) -> Callable[[], object]:
     return run
 
 
-def _liger_logprob() -> Callable | None:
-    """Liger's fused linear cross-entropy: the same three GEMMs, a sum instead of one value per token."""
+def _peers() -> dict[str, Callable]:
+    """token_logprob as other libraries have it, where they are installed: hidden, lm_head, target -> (T,)."""
+    peers: dict[str, Callable] = {}
     try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import selective_log_softmax
     except ImportError:
-        return None
-
-    def run(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
-        return -LigerFusedLinearCrossEntropyFunction.apply(hidden, lm_head, target, None, None, -100, 0.0, 0.0, "sum")[
-            0
-        ]
-
-    return run
+        return peers
+    # As add_fused_lm_head calls it: without bias and soft-cap, temperature 1, its default chunk, log-probs only.
+    peers["TRL ChunkedLogProbFunction"] = lambda hidden, lm_head, target: ChunkedLogProbFunction.apply(
+        hidden, lm_head, None, target, 1.0, 8192, None, 1.0, ()
+    )[0]
+    peers["TRL selective_log_softmax"] = lambda hidden, lm_head, target: selective_log_softmax(
+        hidden @ lm_head.T, target
+    )
+    return peers
 
 
 def token_logprob_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
@@ -93,8 +97,7 @@ def token_logprob_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.d
         "compiled reference": _with_grad(torch.compile(token_logprob_reference, dynamic=False), grad),
         "ril_kernels": _with_grad(token_logprob, grad),
     }
-    if device == "cuda" and (liger := _liger_logprob()) is not None:
-        candidates["liger (sum)"] = _with_grad(liger, grad)
+    candidates |= {name: _with_grad(peer, grad) for name, peer in _peers().items()}
     return Case(
         f"token_logprob T={tokens} H={hidden} V={vocabulary}",
         inputs,
@@ -126,7 +129,8 @@ def policy_loss_case(
     }
     grad = ("hidden", "lm_head")
     candidates = {
-        BASELINE: _with_grad(policy_loss, grad),  # its only form so far
+        BASELINE: _with_grad(partial(policy_loss, backend="reference"), grad),
+        "ril_kernels": _with_grad(policy_loss, grad),
     }
     return Case(
         f"policy_loss N={responses} L={length} H={hidden} V={vocabulary}",

@@ -6,7 +6,8 @@ of the same model, packed to the completion tokens, and its lm_head. All paramet
 
 How TRL's normalisers map to ours, with B sequences in the call (2G x Q) and L = max_completion_length:
   dr_grpo: sum over tokens / (B x L)                      ->  loss_type "dr_grpo", norm = B x L
-  grpo:    mean over sequences of each sequence's mean    ->  loss_type "grpo",    norm = B
+  grpo, sapo:  mean over sequences of each one's mean     ->  the same loss_type,  norm = B
+  bnpo, dapo, cispo:  sum over tokens / number of tokens  ->  the same loss_type,  norm = number of tokens
 TRL adds beta x k3 to the per-token loss before it normalises: our defaults kl_mask = mask, kl_norm = norm.
 """
 
@@ -25,7 +26,8 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 SEQUENCES, PROMPT, COMPLETION, VOCAB, MAX_COMPLETION, TEMPERATURE = 6, 3, 5, 37, 8, 0.9
-CLIP_LOW, CLIP_HIGH = 0.2, 0.28
+CLIP_LOW, CLIP_HIGH, CISPO_HIGH = 0.2, 0.28, 1.2
+SAPO = {"sapo_temperature_pos": 0.9, "sapo_temperature_neg": 1.1}
 
 
 @pytest.fixture(scope="module")
@@ -64,24 +66,25 @@ def make_batch(off_policy: bool) -> dict:
     return batch
 
 
-def trl_trainer(model: Qwen2ForCausalLM, loss_type: str, beta: float) -> GRPOTrainer:
+def trl_trainer(model: Qwen2ForCausalLM, loss_type: str, beta: float, level: str, delta: float | None) -> GRPOTrainer:
     trainer = GRPOTrainer.__new__(GRPOTrainer)
     trainer.__dict__.update(
         model=model,
         loss_type=loss_type,
         beta=beta,
         epsilon_low=CLIP_LOW,
-        epsilon_high=CLIP_HIGH,
+        epsilon_high=CISPO_HIGH if loss_type == "cispo" else CLIP_HIGH,
         max_completion_length=MAX_COMPLETION,
-        importance_sampling_level="token",
+        importance_sampling_level=level,
         top_entropy_quantile=1.0,
         off_policy_mask_threshold=None,
         aux_loss_enabled=False,
         use_vllm=False,
         _entropy_bonus_enabled=False,
         current_gradient_accumulation_steps=1,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1, **SAPO),
         accelerator=SimpleNamespace(
+            num_processes=1,
             is_main_process=False,
             autocast=nullcontext,
             reduce=lambda value, reduction: value,
@@ -99,14 +102,20 @@ def gradients(model: Qwen2ForCausalLM, loss: torch.Tensor) -> dict[str, torch.Te
 
 @pytest.mark.parametrize("off_policy", [False, True], ids=["on_policy", "off_policy"])
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo"])
-def test_equal_to_trl(model, loss_type, beta, off_policy):
+@pytest.mark.parametrize(
+    ("loss_type", "level", "delta"),
+    [(name, "token", None) for name in ("dr_grpo", "grpo", "bnpo", "dapo", "cispo", "sapo")]
+    + [("grpo", "sequence", None), ("dr_grpo", "sequence", None), ("dapo", "token", 1.4)],
+)
+def test_equal_to_trl(model, loss_type, level, delta, beta, off_policy):
     batch = make_batch(off_policy)
+    tokens = batch["completion_mask"].sum()
+    batch["num_items_in_batch"] = tokens
     input_ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
     attention_mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
     mask = batch["completion_mask"].bool()
 
-    trainer = trl_trainer(model, loss_type, beta)
+    trainer = trl_trainer(model, loss_type, beta, level, delta)
     if off_policy:
         with torch.no_grad():
             policy, _, _ = trainer._get_per_token_logps_and_entropies(model, input_ids, attention_mask, COMPLETION)
@@ -126,9 +135,12 @@ def test_equal_to_trl(model, loss_type, beta, off_policy):
         reference_logprobs=batch["ref_per_token_logps"][mask],
         beta=beta,
         clip_low=CLIP_LOW,
-        clip_high=CLIP_HIGH,
+        clip_high=trainer.epsilon_high,
+        clip_max=delta,
+        ratio_level=level,
         loss_type=loss_type,
-        norm=float(SEQUENCES * MAX_COMPLETION if loss_type == "dr_grpo" else SEQUENCES),
+        norm={"dr_grpo": SEQUENCES * MAX_COMPLETION, "grpo": SEQUENCES, "sapo": SEQUENCES}.get(loss_type, int(tokens)),
+        **SAPO,
         temperature=TEMPERATURE,
     )
 
@@ -141,6 +153,8 @@ def test_equal_to_trl(model, loss_type, beta, off_policy):
 
     reported = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert float(metrics.entropy) == pytest.approx(reported["entropy"], abs=1e-6)
+    if level == "sequence" or loss_type in ("cispo", "sapo"):
+        return  # TRL reports these by sequence, or under other names
     assert float(metrics.clip_low_fraction) == pytest.approx(reported["clip_ratio/low_mean"], abs=1e-6)
     assert float(metrics.clip_high_fraction) == pytest.approx(reported["clip_ratio/high_mean"], abs=1e-6)
     if beta:

@@ -11,22 +11,66 @@ from torch import Tensor
 from ril_kernels.token_logprob.reference import IGNORE_INDEX, token_logprob_reference
 
 ADVANTAGE_KINDS = ("dr_grpo", "grpo", "rloo")  # cpu.cpp numbers them in this order
-LOSS_TYPES = ("dr_grpo", "grpo")
+# The first three are one formula: what tells them apart is the `norm` that the caller passes.
+TOKEN_SUM = ("dr_grpo", "bnpo", "dapo", "cispo")  # w_t = 1
+RESPONSE_MEAN = ("grpo", "sapo")  # w_t = 1 / counted tokens of t's response
+LOSS_TYPES = TOKEN_SUM + RESPONSE_MEAN
+RATIO_LEVELS = ("token", "sequence")
+KL_ESTIMATORS = ("k3", "k1", "k2")
 GRPO_EPSILON = 1e-4  # as in TRL 1.16
 
 
 class PolicyMetrics(NamedTuple):
-    """Detached; 0-dim tensors but for `logprobs`. Means are over the tokens that `mask` counts."""
+    """Detached; 0-dim tensors but for `logprobs`. Means are over the tokens that `mask` counts and that had to be
+    computed: those without any gradient (advantage 0, no entropy bonus, no KL) are not."""
 
-    kl: Tensor | None  # mean k3 over the tokens that kl_mask counts; None without reference_logprobs
+    kl: Tensor | None  # mean of the estimator over computed tokens of kl_mask; None without reference_logprobs
     clip_low_fraction: Tensor  # ratio below 1 - clip_low where the advantage is negative
-    clip_high_fraction: Tensor  # ratio above 1 + clip_high where the advantage is positive
+    clip_high_fraction: Tensor  # ratio above 1 + clip_high where the advantage is positive (cispo: above clip_high)
     entropy: Tensor
     ratio_mean: Tensor
     ratio_max: Tensor
-    num_tokens: Tensor  # int64
-    num_kl_tokens: Tensor  # int64
-    logprobs: Tensor  # (T,) policy_logprobs, the behavior_logprobs of the next update; 0 where no mask counts
+    gradient_fraction: Tensor  # share of num_tokens whose log-prob has a gradient
+    num_tokens: Tensor  # int64, counted by mask
+    num_computed: Tensor  # int64, of num_tokens
+    num_kl_tokens: Tensor  # int64, computed tokens that kl_mask counts
+    logprobs: Tensor  # (T,) policy_logprobs, the behavior_logprobs of the next update; 0 where not computed
+
+
+class TokenTerms(NamedTuple):
+    """What the loss needs of each token apart from its log-prob and entropy, (T,) each and without gradient."""
+
+    advantages: Tensor
+    weight: Tensor  # w_t
+    mask: Tensor  # bool
+    kl_mask: Tensor  # bool
+    behavior_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    importance_weights: Tensor | None
+
+    def rows(self, index: Tensor | slice) -> "TokenTerms":
+        return TokenTerms(*(None if value is None else value[index] for value in self))
+
+    def to(self, device: torch.device) -> "TokenTerms":
+        return TokenTerms(*(None if value is None else value.to(device, non_blocking=True) for value in self))
+
+
+class LossSettings(NamedTuple):
+    """The numbers of a loss; `policy_loss` documents and checks them."""
+
+    beta: float
+    clip_low: float
+    clip_high: float
+    clip_max: float | None
+    loss_type: str
+    kl_estimator: str
+    entropy_coef: float
+    importance_cap: float | None
+    sapo_temperature_pos: float
+    sapo_temperature_neg: float
+    norm: float
+    kl_norm: float
 
 
 def group_advantages_reference(
@@ -51,77 +95,108 @@ def group_advantages_reference(
     return centred.to(rewards.dtype)
 
 
+def needed_tokens(terms: TokenTerms, settings: LossSettings) -> Tensor:  # (T,) bool
+    """Tokens whose log-prob can have a gradient. No other is computed."""
+    pushed = terms.mask if settings.entropy_coef > 0 else terms.mask & (terms.advantages != 0)
+    return pushed | terms.kl_mask if settings.beta > 0 else pushed
+
+
+def policy_terms(
+    policy: Tensor,  # (T,) log-probs
+    entropy: Tensor,  # (T,)
+    terms: TokenTerms,
+    settings: LossSettings,
+    response_index: Tensor | None = None,  # (T,) int64 for sequence-level ratios, None for token-level ones
+) -> tuple[Tensor, PolicyMetrics]:
+    """r_t = policy / behavior, 1 where no behavior is given; at sequence level (GSPO) exp of the mean of log r over
+    the response (arXiv 2507.18071).  d_t = log reference_t - log policy_t
+
+    term_t = min(min(r_t, clip_max) A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)    grpo, dr_grpo, bnpo, dapo
+             min(r_t, clip_high) A_t log policy_t, the factor before the log constant    cispo (arXiv 2506.13585)
+             4 / tau sigmoid(tau (r_t - 1)) A_t, tau by the sign of A_t                  sapo (arXiv 2511.20347)
+    term_t is multiplied by importance_t and min(behavior / sampler, importance_cap), both constants
+    kl_t   = exp(d_t) - d_t - 1 (k3),  -d_t (k1),  d_t^2 / 2 (k2)
+
+    loss = -sum_{mask} w_t (term_t + entropy_coef entropy_t) / norm  +  beta sum_{kl_mask} w_t kl_t / kl_norm
+    """
+    needed = needed_tokens(terms, settings)
+    mask, kl_mask, advantages = terms.mask & needed, terms.kl_mask & needed, terms.advantages
+    behavior = policy.detach() if terms.behavior_logprobs is None else terms.behavior_logprobs
+    log_ratio = (policy - behavior).masked_fill(~mask, 0.0)
+    if response_index is not None:
+        num = int(response_index.max()) + 1
+        count = log_ratio.new_zeros(num).index_add(0, response_index, mask.to(log_ratio.dtype)).clamp(min=1.0)
+        log_ratio = (log_ratio.new_zeros(num).index_add(0, response_index, log_ratio) / count)[response_index]
+        log_ratio = log_ratio.masked_fill(~mask, 0.0)
+    ratio = log_ratio.exp()
+    low, high = (ratio < 1 - settings.clip_low) & (advantages < 0), (ratio > 1 + settings.clip_high) & (advantages > 0)
+    stopped = low | high  # no gradient through the ratio
+    if settings.loss_type == "cispo":
+        low, high = torch.zeros_like(low), (ratio > settings.clip_high) & (advantages > 0)
+        term, stopped = ratio.clamp(max=settings.clip_high).detach() * advantages * policy, torch.zeros_like(low)
+    elif settings.loss_type == "sapo":
+        low = high = stopped = torch.zeros_like(low)
+        tau = torch.where(advantages > 0, settings.sapo_temperature_pos, settings.sapo_temperature_neg).to(ratio)
+        term = torch.sigmoid(tau * (ratio - 1)) * 4 / tau * advantages
+    else:
+        free = ratio if settings.clip_max is None else ratio.clamp(max=settings.clip_max)
+        clipped = ratio.clamp(1 - settings.clip_low, 1 + settings.clip_high)
+        term = torch.minimum(free * advantages, clipped * advantages)
+        if settings.clip_max is not None:
+            stopped = stopped | ((ratio > settings.clip_max) & (advantages < 0))
+    if terms.importance_weights is not None:
+        term = term * terms.importance_weights
+    if terms.sampler_logprobs is not None:
+        mismatch = (behavior - terms.sampler_logprobs).exp()
+        term = term * (mismatch if settings.importance_cap is None else mismatch.clamp(max=settings.importance_cap))
+    if settings.entropy_coef > 0:
+        term = term + settings.entropy_coef * entropy
+    loss = -(terms.weight * term.masked_fill(~mask, 0.0)).sum() / settings.norm
+    kl = None
+    if terms.reference_logprobs is not None:
+        distance = (terms.reference_logprobs - policy).masked_fill(~kl_mask, 0.0)
+        kl = {
+            "k3": lambda: torch.expm1(distance) - distance,
+            "k1": lambda: -distance,
+            "k2": lambda: distance.square() / 2,
+        }[settings.kl_estimator]()
+        if settings.beta > 0:
+            loss = loss + settings.beta * (terms.weight * kl).sum() / settings.kl_norm
+    with torch.no_grad():
+        pushed = mask & (advantages != 0) & ~stopped
+        pushed = pushed | (mask if settings.entropy_coef > 0 else False) | (kl_mask if settings.beta > 0 else False)
+        return loss, PolicyMetrics(
+            kl=None if kl is None else _mean(kl, kl_mask),
+            clip_low_fraction=_mean(low.to(policy.dtype), mask),
+            clip_high_fraction=_mean(high.to(policy.dtype), mask),
+            entropy=_mean(entropy, mask),
+            ratio_mean=_mean(ratio, mask),
+            ratio_max=ratio.masked_fill(~mask, 0.0).max(),
+            gradient_fraction=(pushed & terms.mask).sum() / terms.mask.sum().clamp(min=1),
+            num_tokens=terms.mask.sum(),
+            num_computed=mask.sum(),
+            num_kl_tokens=kl_mask.sum() if kl is not None else torch.zeros_like(mask.sum()),
+            logprobs=policy.detach(),
+        )
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    return values.detach().masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
 def policy_loss_reference(
     hidden: Tensor,  # (T, H)
     lm_head: Tensor,  # (V, H)
     target: Tensor,  # (T,) int64
-    *,
-    response_index: Tensor,  # (T,) int64 in [0, N)
-    num_responses: int,
-    advantages: Tensor,  # (T,)
-    behavior_logprobs: Tensor | None,  # (T,)
-    reference_logprobs: Tensor | None,  # (T,)
-    mask: Tensor,  # (T,) bool
-    kl_mask: Tensor,  # (T,) bool
-    beta: float,
-    clip_low: float,
-    clip_high: float,
-    loss_type: str,
-    norm: float,
-    kl_norm: float,
+    terms: TokenTerms,
+    settings: LossSettings,
+    response_index: Tensor | None,
     **head: object,  # bias, temperature, softcap
 ) -> tuple[Tensor, PolicyMetrics]:
-    """r_t = policy / behavior (1 where no behavior is given);  d_t = log reference_t - log policy_t
-    term_t = min(r_t A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t);   k3_t = exp(d_t) - d_t - 1
-    w_t = 1 (dr_grpo)  or  1 / tokens of t's response that mask counts (grpo)
-
-    loss = -sum_{mask} w_t term_t / norm  +  beta sum_{kl_mask} w_t k3_t / kl_norm
-    """
-    needed = target.masked_fill(~(mask | kl_mask), IGNORE_INDEX)
-    policy, entropy = token_logprob_reference(hidden, lm_head, needed, **head)
-    behavior = policy if behavior_logprobs is None else behavior_logprobs
-    ratio = (policy - behavior.detach()).masked_fill(~mask, 0.0).exp()
-    term = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)
-    weight = torch.ones_like(policy)
-    if loss_type == "grpo":
-        length = weight.new_zeros(num_responses).index_add(0, response_index, mask.to(weight.dtype))
-        weight = 1.0 / length.clamp(min=1.0)[response_index]
-    loss = -(weight * term).masked_fill(~mask, 0.0).sum() / norm
-    k3 = None
-    if reference_logprobs is not None:
-        distance = (reference_logprobs.detach() - policy).masked_fill(~kl_mask, 0.0)
-        k3 = torch.expm1(distance) - distance
-        if beta > 0:
-            loss = loss + beta * (weight * k3).sum() / kl_norm
-    low, high = (ratio < 1 - clip_low) & (advantages < 0), (ratio > 1 + clip_high) & (advantages > 0)
-    return loss, _metrics(policy, entropy, ratio, k3, low, high, mask, kl_mask)
-
-
-@torch.no_grad()
-def _metrics(
-    policy: Tensor,
-    entropy: Tensor,
-    ratio: Tensor,
-    k3: Tensor | None,
-    low: Tensor,
-    high: Tensor,
-    mask: Tensor,
-    kl_mask: Tensor,
-) -> PolicyMetrics:
-    def mean(values: Tensor, counted: Tensor) -> Tensor:
-        return values.to(policy.dtype).masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
-
-    return PolicyMetrics(
-        kl=None if k3 is None else mean(k3, kl_mask),
-        clip_low_fraction=mean(low, mask),
-        clip_high_fraction=mean(high, mask),
-        entropy=mean(entropy, mask),
-        ratio_mean=mean(ratio, mask),
-        ratio_max=ratio.detach().masked_fill(~mask, 0.0).max(),
-        num_tokens=mask.sum(),
-        num_kl_tokens=kl_mask.sum() if k3 is not None else torch.zeros_like(mask.sum()),
-        logprobs=policy.detach(),
-    )
+    """policy_terms of token_logprob_reference."""
+    target = target.masked_fill(~needed_tokens(terms, settings), IGNORE_INDEX)
+    policy, entropy = token_logprob_reference(hidden, lm_head, target, **head)
+    return policy_terms(policy, entropy, terms, settings, response_index)
 
 
 # name -> (tokens of each response, group of each response, H, V, options)

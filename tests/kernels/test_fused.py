@@ -1,0 +1,254 @@
+"""The fused forms of token_logprob and policy_loss against the reference in float64: every loss, both dtypes of the
+C++ epilogue, vectorised and scalar, whole and in chunks."""
+
+import math
+
+import pytest
+import torch
+
+from ril_kernels import _native, policy_loss, token_logprob
+from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
+from ril_kernels.policy_loss.reference import LOSS_TYPES
+from ril_kernels.policy_loss.reference import make_inputs as loss_inputs
+from ril_kernels.token_logprob import chunks
+from ril_kernels.token_logprob.reference import CASES, make_inputs
+
+NAMES = ("hidden", "lm_head", "bias")
+
+
+@pytest.fixture(params=["vectors", "scalar"])
+def isa(request, monkeypatch):
+    monkeypatch.setattr(_native, "ISA", ["vectors", "scalar"].index(request.param))
+
+
+@pytest.fixture(params=[1, 3, 1024], ids=lambda rows: f"chunks of {rows}")
+def rows(request, monkeypatch):
+    monkeypatch.setitem(chunks.MAX_CHUNK_ROWS, "cpu", request.param)
+
+
+def exact(inputs: dict) -> dict:
+    return {n: v.double() if torch.is_tensor(v) and v.is_floating_point() else v for n, v in inputs.items()}
+
+
+def logprob_results(inputs: dict, backend: str) -> list[torch.Tensor]:
+    values = {name: inputs[name].detach().clone().requires_grad_() for name in NAMES if name in inputs}
+    logprob, entropy = token_logprob(**{**inputs, **values}, return_entropy=True, backend=backend)
+    weights = torch.linspace(-1, 1, len(logprob))
+    total = (weights * logprob + 0.3 * weights.flip(0) * entropy).sum()
+    return [logprob.detach(), entropy.detach(), *torch.autograd.grad(total, values.values())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_token_logprob(case, dtype, isa, rows, assert_accurate):
+    inputs = make_inputs(case, dtype)
+    truth, peer = logprob_results(exact(inputs), "reference"), logprob_results(inputs, "reference")
+    for got, true, usual in zip(logprob_results(inputs, "cpu"), truth, peer, strict=True):
+        assert got.dtype == usual.dtype
+        assert_accurate(got, true.double(), usual)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_odd_vocabulary(dtype, isa, assert_accurate):
+    # Several blocks of the C++ loop with a tail, logits far apart, a soft-cap and a temperature per row.
+    generator = torch.Generator().manual_seed(0)
+    hidden = (3 * torch.randn(5, 32, generator=generator)).to(dtype)
+    inputs = {"hidden": hidden, "lm_head": torch.randn(5003, 32, generator=generator).to(dtype)}
+    inputs |= {"target": torch.tensor([0, 5002, 17, 1024, 1023]), "softcap": 30.0}
+    inputs["temperature"] = torch.tensor([0.5, 1.0, 2.0, 1.0, 0.1])
+    truth, peer = logprob_results(exact(inputs), "reference"), logprob_results(inputs, "reference")
+    for got, true, usual in zip(logprob_results(inputs, "cpu"), truth, peer, strict=True):
+        assert_accurate(got, true.double(), usual)
+
+
+def stats(logits: torch.Tensor, target: list[int]) -> list[torch.Tensor]:
+    ones = torch.ones(len(target))
+    return list(torch.ops.ril_kernels.logits_stats(logits, torch.tensor(target), ones, 0.0))
+
+
+def test_infinities_and_nan(isa):
+    inf = math.inf
+    logits = torch.full((4, 37), -inf)
+    logits[0, 5] = 2.0  # a certainty: log-prob 0, entropy 0
+    logits[1, [3, 36]] = 700.0  # two entries share it, far above what exp can hold
+    logits[2] = -3e38  # as masked vocabularies have it, and all equal
+    logits[3, :20] = math.nan
+    logprob, entropy, lse = stats(logits, [5, 36, 7, 3])
+    torch.testing.assert_close(logprob[:3], torch.tensor([0.0, -math.log(2), -math.log(37)]))
+    torch.testing.assert_close(entropy[:3], torch.tensor([0.0, math.log(2), math.log(37)]))
+    assert logprob[3].isnan() and lse[3].isnan()  # a NaN is never made to look like a number
+    before, ones = logits.clone(), torch.ones(4)
+    torch.ops.ril_kernels.logits_grad(logits, torch.tensor([5, 36, 7, -1]), ones, 0.0, lse, entropy, ones, 0.5 * ones)
+    assert (logits[0] == 0).all() and (logits[3] == 0).all() and before[3].isnan().any()
+    torch.testing.assert_close(logits[1, [3, 36]], torch.tensor([-0.5, 0.5]))
+    assert (logits[1, :3] == 0).all() and logits[2].isfinite().all()
+
+
+def test_every_element_is_written_and_nothing_else(isa):
+    storage = torch.full((4, 50), math.nan)
+    logits = storage[:, :43]  # a row stride larger than V: what lies between the rows is not ours
+    logits.copy_(torch.randn(4, 43, generator=torch.Generator().manual_seed(0)))
+    logprob, entropy, lse = stats(logits, [0, -1, 42, 7])
+    assert logprob[1] == entropy[1] == 0 and not (logprob + entropy + lse).isnan().any()
+    grads = torch.tensor([1.0, 1.0, 0.0, -2.0]), torch.zeros(4)
+    torch.ops.ril_kernels.logits_grad(logits, torch.tensor([0, -1, 42, 7]), torch.ones(4), 0.0, lse, entropy, *grads)
+    assert not logits.isnan().any() and storage[:, 43:].isnan().all()
+    assert (logits[1] == 0).all() and (logits[2] == 0).all()
+    torch.testing.assert_close(logits.sum(1), torch.zeros(4), rtol=0, atol=1e-6)
+
+
+def test_opcheck():
+    logits, target, ones = torch.randn(3, 19), torch.tensor([1, -1, 18]), torch.ones(3)
+    torch.library.opcheck(torch.ops.ril_kernels.logits_stats.default, (logits, target, ones, 4.0))
+    arguments = (logits, target, ones, 4.0, ones.double(), ones, ones, ones)
+    torch.library.opcheck(torch.ops.ril_kernels.logits_grad.default, arguments)
+
+
+def test_compiles_without_a_graph_break():
+    inputs = make_inputs("odd")
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def function(hidden, lm_head, target, bias):
+        with torch.no_grad():
+            return token_logprob(hidden, lm_head, target, bias=bias, return_entropy=True)
+
+    expected = token_logprob(**inputs, return_entropy=True)
+    torch.testing.assert_close(function(**inputs), expected, rtol=0, atol=0)
+
+
+def loss_results(inputs: dict, backend: str) -> tuple[list[torch.Tensor], tuple]:
+    values = {name: inputs[name].detach().clone().requires_grad_() for name in NAMES if name in inputs}
+    loss, metrics = policy_loss(**{**inputs, **values}, backend=backend)
+    return [loss.detach(), *torch.autograd.grad(loss, values.values())], metrics
+
+
+SETTINGS = [{"loss_type": name} for name in LOSS_TYPES] + [
+    {"loss_type": "grpo", "ratio_level": "sequence"},
+    {"loss_type": "dapo", "ratio_level": "sequence", "clip_max": 2.0},
+    {"clip_max": 1.3},
+    {"entropy_coef": 0.01},
+    {"loss_type": "cispo", "clip_high": 1.1, "sampler": True},
+    {"sampler": True, "importance_cap": 1.05, "weights": True},
+    {"kl_estimator": "k1"},
+    {"kl_estimator": "k2"},
+]
+
+
+def with_settings(case: str, dtype: torch.dtype, settings: dict) -> dict:
+    settings = dict(settings)
+    inputs = loss_inputs(case, dtype)
+    per_token = torch.float64 if dtype == torch.float64 else torch.float32
+    noise = torch.randn(2, len(inputs["target"]), generator=torch.Generator().manual_seed(5)).to(per_token) * 0.2
+    if settings.pop("sampler", False):
+        behavior = inputs.get("behavior_logprobs", torch.full_like(noise[0], -2.0))
+        inputs["sampler_logprobs"] = behavior + noise[0]
+    if settings.pop("weights", False):
+        inputs["importance_weights"] = noise[1].exp()
+    if "kl_estimator" in settings and "reference_logprobs" not in inputs:
+        inputs |= {"reference_logprobs": noise[0] - 2, "beta": 0.1}
+    return {**inputs, **settings}
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_policy_loss(case, settings, rows, assert_accurate):
+    inputs = with_settings(case, torch.float32, settings)
+    truth, _ = loss_results(exact(inputs), "reference")
+    peer, expected = loss_results(inputs, "reference")
+    actual, metrics = loss_results(inputs, "cpu")
+    for got, true, usual in zip(actual, truth, peer, strict=True):
+        assert_accurate(got, true.double(), usual)
+    for name in metrics._fields:
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(metrics, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_policy_terms_gradcheck(settings):
+    inputs = with_settings("everything", torch.float64, settings)
+
+    def function(*values):
+        return policy_loss(**{**inputs, **dict(zip(NAMES, values, strict=True))}, backend="reference")[0]
+
+    if settings.get("loss_type") == "cispo":
+        # Its factor is a constant: gradcheck cannot apply. d loss / d log-prob is -factor x A x importance / norm.
+        inputs |= {"beta": 0.0, "reference_logprobs": None, "kl_mask": None, "kl_norm": None}
+        token = next(i for i in range(len(inputs["target"])) if inputs["mask"][i])
+        _, metrics = loss_results(inputs, "reference")
+        hidden = inputs["hidden"].clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(policy_loss(**{**inputs, "hidden": hidden})[0], hidden)
+        head = {name: inputs[name] for name in ("lm_head", "target", "bias", "temperature", "softcap")}
+        (per_logprob,) = torch.autograd.grad(token_logprob(hidden, **head)[token], hidden)
+        ratio = (metrics.logprobs - inputs["behavior_logprobs"]).exp()[token].clamp(max=inputs.get("clip_high", 0.2))
+        if "sampler_logprobs" in inputs:
+            ratio = ratio * (inputs["behavior_logprobs"] - inputs["sampler_logprobs"]).exp()[token].clamp(max=2.0)
+        rewards, groups = inputs["rewards"].double(), inputs["groups"]
+        response = inputs["response_index"][token]
+        advantage = rewards[response] - rewards[groups == groups[response]].mean()
+        expected = -ratio * advantage / inputs["norm"] * per_logprob[token]
+        torch.testing.assert_close(gradient[token], expected, rtol=1e-6, atol=1e-9)
+        return
+    assert torch.autograd.gradcheck(function, tuple(inputs[name].requires_grad_() for name in NAMES))
+
+
+def test_tokens_without_a_gradient_cost_nothing(monkeypatch):
+    inputs = loss_inputs("ragged")
+    inputs |= {"beta": 0.0, "reference_logprobs": None, "kl_mask": None, "kl_norm": None}
+    inputs["rewards"] = torch.tensor([1.0, 0.5, 1.0, 0.5, 0.0])  # group 2 (responses 1 and 3) is of one mind
+    idle = (inputs["response_index"] == 1) | (inputs["response_index"] == 3)
+    seen = []
+    rows = chunks.Head.stats
+    monkeypatch.setattr(chunks.Head, "stats", lambda self, part, x: seen.append(len(x)) or rows(self, part, x))
+    loss, metrics = policy_loss(**{**inputs, "hidden": inputs["hidden"].requires_grad_()})
+    assert sum(seen) == int((~idle).sum()) == metrics.num_computed and metrics.num_tokens == len(idle)
+    (gradient,) = torch.autograd.grad(loss, inputs["hidden"])
+    pushed = (gradient != 0).any(dim=1)  # clipped tokens have no gradient either, and that takes their log-prob to know
+    assert not pushed[idle].any() and 0 < int(pushed.sum()) < int((~idle).sum())
+    torch.testing.assert_close(metrics.gradient_fraction, pushed.float().mean())
+    assert (metrics.logprobs[idle] == 0).all() and (metrics.logprobs[~idle] < 0).all()
+
+
+def test_repeated_runs_are_bitwise_equal():
+    inputs = with_settings("everything", torch.float32, {"loss_type": "grpo"})
+    first, second = (loss_results(inputs, "cpu")[0] for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_frozen_inputs_scaled_loss_and_second_backward():
+    inputs = loss_inputs("ragged")
+    full, _ = loss_results(inputs, "cpu")
+    hidden = inputs["hidden"].clone().requires_grad_()
+    loss, _ = policy_loss(**{**inputs, "hidden": hidden})
+    (3 * loss).backward()
+    torch.testing.assert_close(hidden.grad, 3 * full[1])
+    with pytest.raises(RuntimeError, match="policy_loss: backward ran before, expected once"):
+        loss.backward()
+    lm_head = inputs["lm_head"].clone().requires_grad_()
+    loss, _ = policy_loss(**{**inputs, "lm_head": lm_head})
+    loss.backward()
+    torch.testing.assert_close(lm_head.grad, full[2])
+    with torch.no_grad():
+        torch.testing.assert_close(policy_loss(**inputs)[0], full[0])
+    assert not policy_loss(**inputs)[0].requires_grad
+
+
+def test_tied_weights_add_up():
+    # hidden comes from the same matrix as the head does: both gradients meet in one leaf.
+    inputs = loss_inputs("ragged")
+    embedding = inputs["lm_head"].clone().requires_grad_()
+    gradients = []
+    for backend in ("reference", "cpu"):
+        tied = {**inputs, "hidden": torch.tanh(embedding[inputs["target"]]), "lm_head": embedding}
+        gradients += torch.autograd.grad(policy_loss(**tied, backend=backend)[0], embedding)
+    torch.testing.assert_close(*gradients)
+
+
+def test_named_backends_that_cannot_run_raise():
+    inputs = make_inputs("tiny", torch.float16)
+    with pytest.raises(ValueError, match="backend: got 'cpu' for float16 on cpu, expected float32 or bfloat16"):
+        token_logprob(**inputs, backend="cpu")
+    with pytest.raises(ValueError, match="backend: got 'triton' for float16 on cpu, expected float32, bfloat16 or"):
+        token_logprob(**inputs, backend="triton")
+    with pytest.raises(ValueError, match="backend: got 'gpu', expected one of 'auto', 'reference', 'cpu', 'triton'"):
+        token_logprob(**inputs, backend="gpu")
