@@ -1,4 +1,4 @@
-"""group_advantages and policy_loss: the public functions and their validation.
+"""policy_loss: the public function and its validation.
 
 T packed response tokens, H hidden, V vocabulary, N responses.
 """
@@ -6,7 +6,6 @@ T packed response tokens, H hidden, V vocabulary, N responses.
 import torch
 from torch import Tensor
 
-from ril_kernels import _native
 from ril_kernels._checks import (
     Shapes,
     check_choice,
@@ -15,10 +14,11 @@ from ril_kernels._checks import (
     check_index_range,
     check_number,
     check_tensor,
-    dtype_name,
     refuse,
     result_dtype,
 )
+from ril_kernels.policy_loss.advantages import group_advantages
+from ril_kernels.policy_loss.fused import fused_policy_loss
 from ril_kernels.policy_loss.reference import (
     ADVANTAGE_KINDS,
     KL_ESTIMATORS,
@@ -28,91 +28,19 @@ from ril_kernels.policy_loss.reference import (
     LossSettings,
     PolicyMetrics,
     TokenTerms,
-    group_advantages_reference,
     needed_tokens,
     policy_loss_reference,
-    policy_terms,
 )
 from ril_kernels.token_logprob.chunks import (
     BACKENDS,
-    Head,
-    HeadGradients,
     counted_rows,
-    put_back,
     resolve_backend,
-    take,
 )
-from ril_kernels.token_logprob.op import check_head_inputs, fused_token_logprob
+from ril_kernels.token_logprob.op import check_head_inputs
 
 # Arguments that may stay on the CPU beside a hidden on a GPU. When all that are given do, the tokens without a gradient
 # are known on the host and left out.
 HOST_SIDE = ("response_index", "mask", "kl_mask", "rewards", "groups", "advantages", "token_advantages")
-ADVANTAGE_BACKENDS = ("auto", "reference", "cpu")
-
-
-@torch.library.custom_op("ril_kernels::group_advantages", mutates_args=(), device_types="cpu")
-def _group_advantages_cpu(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
-    assert rewards.dtype == torch.float32 and groups.dtype == torch.int64 and rewards.shape == groups.shape
-    rewards, groups = rewards.contiguous(), groups.contiguous()
-    advantages = torch.empty_like(rewards)
-    _native.call(
-        "ril_group_advantages_f32",
-        rewards.data_ptr(),
-        groups.data_ptr(),
-        rewards.numel(),
-        ADVANTAGE_KINDS.index(kind),
-        advantages.data_ptr(),
-    )
-    return advantages
-
-
-@_group_advantages_cpu.register_fake
-def _(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
-    return torch.empty_like(rewards, memory_format=torch.contiguous_format)
-
-
-def _check_rewards(rewards: Tensor, groups: Tensor) -> None:
-    check_tensor("rewards", rewards, (torch.float32, torch.float64), "Cast with .float().")
-    check_tensor("groups", groups, (torch.int64,), "Pass the question of each response, .long().")
-    shapes = Shapes()
-    shapes.check("rewards", rewards, "N", "Pass one reward per response, all groups in one flat tensor.")
-    shapes.check("groups", groups, "N", "Pass one group id per response.")
-    check_device("groups", groups, "rewards", rewards.device)
-    remedy = "Find out which reward function produced it; a reply that cannot be scored is a reward of 0."
-    check_finite("rewards", rewards, remedy)
-    if int(groups.min()) < 0:
-        refuse("groups", f"the id {int(groups.min())}", "ids of at least 0", "Number the questions from 0.")
-    ids, counts = torch.unique(groups, return_counts=True)
-    if int(counts.min()) < 2:
-        single = int(ids[counts.argmin()])
-        remedy = "A lone response has no baseline: sample more responses or drop it."
-        refuse("groups", f"a single response in group {single}", "at least 2 responses in each group", remedy)
-
-
-def group_advantages(
-    rewards: Tensor,  # (N,) float32
-    groups: Tensor,  # (N,) int64 group id of each response: any order, any ids of at least 0, ragged
-    *,
-    kind: str = "dr_grpo",
-    backend: str = "auto",
-) -> Tensor:  # (N,)
-    """Advantage of each response over the others of its group; constants, without gradient.
-
-    `kind`: dr_grpo = R - mean; grpo = (R - mean) / (std + 1e-4), unbiased std; rloo = R - mean of the others.
-    `backend`: auto is "cpu" (C++) for float32 on a CPU and "reference" for everything else. Reads its inputs'
-    values, so pass CPU tensors where a host sync matters.
-    """
-    check_choice("kind", kind, ADVANTAGE_KINDS, "dr_grpo is what RIL uses.")
-    _check_rewards(rewards, groups)
-    check_choice("backend", backend, ADVANTAGE_BACKENDS, "Leave the default, 'auto'.")
-    runs_on_cpu = rewards.device.type == "cpu" and rewards.dtype == torch.float32
-    if backend == "cpu" and not runs_on_cpu:
-        got = f"'cpu' for rewards of {dtype_name(rewards.dtype)} on {rewards.device}"
-        refuse("backend", got, "float32 rewards on a CPU", "Use backend='auto' or 'reference'.")
-    rewards, groups = rewards.detach(), groups.detach()
-    if backend == "cpu" or (backend == "auto" and runs_on_cpu):
-        return _group_advantages_cpu(rewards, groups, kind)
-    return group_advantages_reference(rewards, groups, kind)
 
 
 def _token_advantages(
@@ -217,75 +145,6 @@ def _check_reference(reference_logprobs: Tensor | None, is_set: dict[str, bool])
         refuse("reference_logprobs", f"None with {name}", "a (T,) tensor", remedy)
 
 
-class _PolicyLoss(torch.autograd.Function):
-    """Loss, log-probs and entropies with d(hidden), d(lm_head) and d(bias) made in the same pass over the logits."""
-
-    @staticmethod
-    def forward(ctx, hidden, lm_head, bias, target, terms, settings, *options) -> tuple[Tensor, ...]:
-        head = Head(hidden, lm_head, target, bias, *options)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        logprobs, entropies = [], []
-        for part, logits in head.chunks():
-            logprob, entropy, lse = head.stats(part, logits)
-            with torch.enable_grad():  # d(loss) / d(log-prob) and / d(entropy): R numbers each
-                leaves = logprob.requires_grad_(), entropy.requires_grad_()
-                loss, _ = policy_terms(*leaves, terms.rows(part), settings)
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
-            logprobs.append(logprob.detach())
-            entropies.append(entropy.detach())
-            head.grad_(part, logits, lse, entropies[-1], *grads)
-            gradients.add(part, logits)
-        policy, entropy = torch.cat(logprobs), torch.cat(entropies)
-        loss, _ = policy_terms(policy, entropy, terms, settings)
-        ctx.gradients = gradients.results()
-        ctx.mark_non_differentiable(policy, entropy)
-        return loss, policy, entropy
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_loss: Tensor, *_: object) -> tuple:
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "policy_loss: backward ran before, expected once: the gradients were handed over. Call it again."
-            )
-        gradients, ctx.gradients = ctx.gradients, None
-        # Where reading is free the usual factor of 1 saves a pass over d(lm_head).
-        if not (grad_loss.device.type == "cpu" and float(grad_loss) == 1.0):
-            gradients = [None if each is None else each.mul_(grad_loss) for each in gradients]
-        return *gradients, None, None, None, None, None, None
-
-
-def _fused(
-    hidden: Tensor,
-    lm_head: Tensor,
-    target: Tensor,
-    terms: TokenTerms,
-    settings: LossSettings,
-    response_index: Tensor | None,
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    backend: str,
-    rows: Tensor | None,  # counted_rows of needed_tokens
-) -> tuple[Tensor, PolicyMetrics]:
-    """policy_loss_reference in one pass over chunks of logits; tokens without a gradient cost nothing."""
-    num_tokens = len(target)
-    target = target.masked_fill(~needed_tokens(terms, settings), -1)
-    inputs = (hidden, lm_head, bias)
-    wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    if response_index is not None or not wants_grad:
-        # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
-        head = {"bias": bias, "temperature": temperature, "softcap": softcap}
-        policy, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
-        return policy_terms(policy, entropy, terms, settings, response_index)
-    hidden, target, temperature = take(rows, hidden, target, temperature)
-    each = terms if rows is None else terms.rows(rows)
-    options = (temperature, softcap, backend)
-    loss, *values = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
-    policy, entropy = put_back(rows, num_tokens, *values)
-    return loss, policy_terms(policy, entropy, terms, settings)[1]
-
-
 def policy_loss(
     hidden: Tensor,  # (T, H)
     lm_head: Tensor,  # (V, H)
@@ -381,4 +240,6 @@ def policy_loss(
     backend = resolve_backend(backend, hidden)
     if backend == "reference":
         return policy_loss_reference(hidden, lm_head, target, terms, settings, response_index, **head)
-    return _fused(hidden, lm_head, target, terms, settings, response_index, **head, backend=backend, rows=rows)
+    return fused_policy_loss(
+        hidden, lm_head, target, terms, settings, response_index, **head, backend=backend, rows=rows
+    )

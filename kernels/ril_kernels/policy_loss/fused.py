@@ -1,0 +1,77 @@
+"""policy_loss in one pass over chunks of logits. T packed tokens, H hidden, V vocabulary, R rows of a chunk."""
+
+import torch
+from torch import Tensor
+
+from ril_kernels.policy_loss.reference import LossSettings, PolicyMetrics, TokenTerms, needed_tokens, policy_terms
+from ril_kernels.token_logprob.chunks import Head, HeadGradients, put_back, take
+from ril_kernels.token_logprob.op import fused_token_logprob
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Loss, log-probs and entropies with d(hidden), d(lm_head) and d(bias) made in the same pass over the logits."""
+
+    @staticmethod
+    def forward(ctx, hidden, lm_head, bias, target, terms, settings, *options) -> tuple[Tensor, ...]:
+        head = Head(hidden, lm_head, target, bias, *options)
+        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
+        logprobs, entropies = [], []
+        for part, logits in head.chunks():
+            logprob, entropy, lse = head.stats(part, logits)
+            with torch.enable_grad():  # d(loss) / d(log-prob) and / d(entropy): R numbers each
+                leaves = logprob.requires_grad_(), entropy.requires_grad_()
+                loss, _ = policy_terms(*leaves, terms.rows(part), settings)
+            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            logprobs.append(logprob.detach())
+            entropies.append(entropy.detach())
+            head.grad_(part, logits, lse, entropies[-1], *grads)
+            gradients.add(part, logits)
+        policy, entropy = torch.cat(logprobs), torch.cat(entropies)
+        loss, _ = policy_terms(policy, entropy, terms, settings)
+        ctx.gradients = gradients.results()
+        ctx.mark_non_differentiable(policy, entropy)
+        return loss, policy, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor, *_: object) -> tuple:
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "policy_loss: backward ran before, expected once: the gradients were handed over. Call it again."
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        # Where reading is free the usual factor of 1 saves a pass over d(lm_head).
+        if not (grad_loss.device.type == "cpu" and float(grad_loss) == 1.0):
+            gradients = [None if each is None else each.mul_(grad_loss) for each in gradients]
+        return *gradients, None, None, None, None, None, None
+
+
+def fused_policy_loss(
+    hidden: Tensor,
+    lm_head: Tensor,
+    target: Tensor,
+    terms: TokenTerms,
+    settings: LossSettings,
+    response_index: Tensor | None,
+    bias: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    backend: str,
+    rows: Tensor | None,  # counted_rows of needed_tokens
+) -> tuple[Tensor, PolicyMetrics]:
+    """policy_loss_reference in one pass over chunks of logits; tokens without a gradient cost nothing."""
+    num_tokens = len(target)
+    target = target.masked_fill(~needed_tokens(terms, settings), -1)
+    inputs = (hidden, lm_head, bias)
+    wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
+    if response_index is not None or not wants_grad:
+        # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
+        head = {"bias": bias, "temperature": temperature, "softcap": softcap}
+        policy, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
+        return policy_terms(policy, entropy, terms, settings, response_index)
+    hidden, target, temperature = take(rows, hidden, target, temperature)
+    each = terms if rows is None else terms.rows(rows)
+    options = (temperature, softcap, backend)
+    loss, *values = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
+    policy, entropy = put_back(rows, num_tokens, *values)
+    return loss, policy_terms(policy, entropy, terms, settings)[1]
