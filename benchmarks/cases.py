@@ -76,12 +76,12 @@ def _peers() -> dict[str, Callable]:
     peers: dict[str, Callable] = {}
     try:
         from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer.utils import selective_log_softmax
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, selective_log_softmax
     except ImportError:
         return peers
     # As add_fused_lm_head calls it: without bias and soft-cap, temperature 1, its default chunk, log-probs only.
     peers["TRL ChunkedLogProbFunction"] = lambda hidden, lm_head, target: ChunkedLogProbFunction.apply(
-        hidden, lm_head, None, target, 1.0, 8192, None, 1.0, ()
+        hidden, lm_head, None, target, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
     )[0]
     peers["TRL selective_log_softmax"] = lambda hidden, lm_head, target: selective_log_softmax(
         hidden @ lm_head.T, target

@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from ril_kernels.policy_loss.reference import LossSettings, PolicyMetrics, TokenTerms, needed_tokens, policy_terms
+from ril_kernels.policy_loss.reference import (
+    LossSettings,
+    PolicyMetrics,
+    TokenTerms,
+    needed_tokens,
+    policy_metrics,
+    policy_terms,
+)
 from ril_kernels.token_logprob.chunks import Head, HeadGradients, put_back, take
 from ril_kernels.token_logprob.op import fused_token_logprob
 
@@ -15,22 +22,22 @@ class _PolicyLoss(torch.autograd.Function):
     def forward(ctx, hidden, lm_head, bias, target, terms, settings, *options) -> tuple[Tensor, ...]:
         head = Head(hidden, lm_head, target, bias, *options)
         gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        logprobs, entropies = [], []
+        losses, logprobs, entropies = [], [], []
         for part, logits in head.chunks():
             logprob, entropy, lse = head.stats(part, logits)
             with torch.enable_grad():  # d(loss) / d(log-prob) and / d(entropy): R numbers each
                 leaves = logprob.requires_grad_(), entropy.requires_grad_()
                 loss, _ = policy_terms(*leaves, terms.rows(part), settings)
             grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+            losses.append(loss.detach())
             logprobs.append(logprob.detach())
             entropies.append(entropy.detach())
             head.grad_(part, logits, lse, entropies[-1], *grads)
             gradients.add(part, logits)
         policy, entropy = torch.cat(logprobs), torch.cat(entropies)
-        loss, _ = policy_terms(policy, entropy, terms, settings)
         ctx.gradients = gradients.results()
         ctx.mark_non_differentiable(policy, entropy)
-        return loss, policy, entropy
+        return torch.stack(losses).sum(), policy, entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -52,7 +59,7 @@ def fused_policy_loss(
     target: Tensor,
     terms: TokenTerms,
     settings: LossSettings,
-    response_index: Tensor | None,
+    sequences: tuple[Tensor, int] | None,
     bias: Tensor | None,
     temperature: float | Tensor,
     softcap: float | None,
@@ -64,14 +71,16 @@ def fused_policy_loss(
     target = target.masked_fill(~needed_tokens(terms, settings), -1)
     inputs = (hidden, lm_head, bias)
     wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    if response_index is not None or not wants_grad:
+    if sequences is not None or not wants_grad:
         # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
         head = {"bias": bias, "temperature": temperature, "softcap": softcap}
         policy, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
-        return policy_terms(policy, entropy, terms, settings, response_index)
+        loss, ratios = policy_terms(policy, entropy, terms, settings, sequences)
+        return loss, policy_metrics(policy, entropy, terms, settings, ratios)
     hidden, target, temperature = take(rows, hidden, target, temperature)
     each = terms if rows is None else terms.rows(rows)
     options = (temperature, softcap, backend)
     loss, *values = _PolicyLoss.apply(hidden, lm_head, bias, target, each, settings, *options)
     policy, entropy = put_back(rows, num_tokens, *values)
-    return loss, policy_terms(policy, entropy, terms, settings)[1]
+    _, ratios = policy_terms(policy, entropy, terms, settings)
+    return loss, policy_metrics(policy, entropy, terms, settings, ratios)

@@ -38,9 +38,9 @@ from ril_kernels.token_logprob.chunks import (
 )
 from ril_kernels.token_logprob.op import check_head_inputs
 
-# Arguments that may stay on the CPU beside a hidden on a GPU. When all that are given do, the tokens without a gradient
-# are known on the host and left out.
-HOST_SIDE = ("response_index", "mask", "kl_mask", "rewards", "groups", "advantages", "token_advantages")
+# Per-token arguments that may stay on the CPU beside a hidden on a GPU, as rewards and advantages may. When all that
+# are given do, the tokens without a gradient are known on the host and left out.
+HOST_SIDE = ("response_index", "mask", "kl_mask")
 
 
 def _token_advantages(
@@ -235,11 +235,9 @@ def policy_loss(
     terms = TokenTerms(spread, weight, mask, mask if kl_mask is None else kl_mask, **constants)
     rows = counted_rows(needed_tokens(terms, settings), device)
     terms = terms.to(device)
-    response_index = response_index.to(device) if ratio_level == "sequence" else None
+    sequences = (response_index.to(device), num_responses) if ratio_level == "sequence" else None
     head = {"bias": bias, "temperature": temperature, "softcap": softcap}
     backend = resolve_backend(backend, hidden)
     if backend == "reference":
-        return policy_loss_reference(hidden, lm_head, target, terms, settings, response_index, **head)
-    return fused_policy_loss(
-        hidden, lm_head, target, terms, settings, response_index, **head, backend=backend, rows=rows
-    )
+        return policy_loss_reference(hidden, lm_head, target, terms, settings, sequences, **head)
+    return fused_policy_loss(hidden, lm_head, target, terms, settings, sequences, **head, backend=backend, rows=rows)

@@ -101,13 +101,23 @@ def needed_tokens(terms: TokenTerms, settings: LossSettings) -> Tensor:  # (T,) 
     return pushed | terms.kl_mask if settings.beta > 0 else pushed
 
 
+class TokenRatios(NamedTuple):
+    """What `policy_metrics` reports of a loss, (T,) each."""
+
+    ratio: Tensor
+    low: Tensor  # bool, clipped below
+    high: Tensor  # bool, clipped above
+    stopped: Tensor  # bool, no gradient through the ratio
+    kl: Tensor | None
+
+
 def policy_terms(
     policy: Tensor,  # (T,) log-probs
     entropy: Tensor,  # (T,)
     terms: TokenTerms,
     settings: LossSettings,
-    response_index: Tensor | None = None,  # (T,) int64 for sequence-level ratios, None for token-level ones
-) -> tuple[Tensor, PolicyMetrics]:
+    sequences: tuple[Tensor, int] | None = None,  # response of each token (T,) int64 and N, for sequence-level ratios
+) -> tuple[Tensor, TokenRatios]:
     """r_t = policy / behavior, 1 where no behavior is given; at sequence level (GSPO) exp of the mean of log r over
     the response (arXiv 2507.18071).  d_t = log reference_t - log policy_t
 
@@ -119,18 +129,18 @@ def policy_terms(
 
     loss = -sum_{mask} w_t (term_t + entropy_coef entropy_t) / norm  +  beta sum_{kl_mask} w_t kl_t / kl_norm
     """
-    needed = needed_tokens(terms, settings)
-    mask, kl_mask, advantages = terms.mask & needed, terms.kl_mask & needed, terms.advantages
+    mask, kl_mask = _computed(terms, settings)
+    advantages = terms.advantages
     behavior = policy.detach() if terms.behavior_logprobs is None else terms.behavior_logprobs
     log_ratio = (policy - behavior).masked_fill(~mask, 0.0)
-    if response_index is not None:
-        num = int(response_index.max()) + 1
-        count = log_ratio.new_zeros(num).index_add(0, response_index, mask.to(log_ratio.dtype)).clamp(min=1.0)
-        log_ratio = (log_ratio.new_zeros(num).index_add(0, response_index, log_ratio) / count)[response_index]
+    if sequences is not None:
+        response, num = sequences
+        count = log_ratio.new_zeros(num).index_add(0, response, mask.to(log_ratio.dtype)).clamp(min=1.0)
+        log_ratio = (log_ratio.new_zeros(num).index_add(0, response, log_ratio) / count)[response]
         log_ratio = log_ratio.masked_fill(~mask, 0.0)
     ratio = log_ratio.exp()
     low, high = (ratio < 1 - settings.clip_low) & (advantages < 0), (ratio > 1 + settings.clip_high) & (advantages > 0)
-    stopped = low | high  # no gradient through the ratio
+    stopped = low | high
     if settings.loss_type == "cispo":
         low, high = torch.zeros_like(low), (ratio > settings.clip_high) & (advantages > 0)
         term, stopped = ratio.clamp(max=settings.clip_high).detach() * advantages * policy, torch.zeros_like(low)
@@ -162,22 +172,42 @@ def policy_terms(
         }[settings.kl_estimator]()
         if settings.beta > 0:
             loss = loss + settings.beta * (terms.weight * kl).sum() / settings.kl_norm
-    with torch.no_grad():
-        pushed = mask & (advantages != 0) & ~stopped
-        pushed = pushed | (mask if settings.entropy_coef > 0 else False) | (kl_mask if settings.beta > 0 else False)
-        return loss, PolicyMetrics(
-            kl=None if kl is None else _mean(kl, kl_mask),
-            clip_low_fraction=_mean(low.to(policy.dtype), mask),
-            clip_high_fraction=_mean(high.to(policy.dtype), mask),
-            entropy=_mean(entropy, mask),
-            ratio_mean=_mean(ratio, mask),
-            ratio_max=ratio.masked_fill(~mask, 0.0).max(),
-            gradient_fraction=(pushed & terms.mask).sum() / terms.mask.sum().clamp(min=1),
-            num_tokens=terms.mask.sum(),
-            num_computed=mask.sum(),
-            num_kl_tokens=kl_mask.sum() if kl is not None else torch.zeros_like(mask.sum()),
-            logprobs=policy.detach(),
-        )
+    return loss, TokenRatios(ratio, low, high, stopped, kl)
+
+
+@torch.no_grad()
+def policy_metrics(
+    policy: Tensor,  # (T,)
+    entropy: Tensor,  # (T,)
+    terms: TokenTerms,
+    settings: LossSettings,
+    ratios: TokenRatios,
+) -> PolicyMetrics:
+    mask, kl_mask = _computed(terms, settings)
+    pushed = mask & (terms.advantages != 0) & ~ratios.stopped
+    if settings.entropy_coef > 0:
+        pushed = mask
+    if settings.beta > 0:
+        pushed = pushed | kl_mask
+    return PolicyMetrics(
+        kl=None if ratios.kl is None else _mean(ratios.kl, kl_mask),
+        clip_low_fraction=_mean(ratios.low.to(policy.dtype), mask),
+        clip_high_fraction=_mean(ratios.high.to(policy.dtype), mask),
+        entropy=_mean(entropy, mask),
+        ratio_mean=_mean(ratios.ratio, mask),
+        ratio_max=ratios.ratio.masked_fill(~mask, 0.0).max(),
+        gradient_fraction=(pushed & terms.mask).sum() / terms.mask.sum().clamp(min=1),
+        num_tokens=terms.mask.sum(),
+        num_computed=mask.sum(),
+        num_kl_tokens=kl_mask.sum() if ratios.kl is not None else torch.zeros_like(mask.sum()),
+        logprobs=policy.detach(),
+    )
+
+
+def _computed(terms: TokenTerms, settings: LossSettings) -> tuple[Tensor, Tensor]:
+    """mask and kl_mask, of the needed tokens alone."""
+    needed = needed_tokens(terms, settings)
+    return terms.mask & needed, terms.kl_mask & needed
 
 
 def _mean(values: Tensor, counted: Tensor) -> Tensor:
@@ -190,13 +220,14 @@ def policy_loss_reference(
     target: Tensor,  # (T,) int64
     terms: TokenTerms,
     settings: LossSettings,
-    response_index: Tensor | None,
+    sequences: tuple[Tensor, int] | None,
     **head: object,  # bias, temperature, softcap
 ) -> tuple[Tensor, PolicyMetrics]:
     """policy_terms of token_logprob_reference."""
     target = target.masked_fill(~needed_tokens(terms, settings), IGNORE_INDEX)
     policy, entropy = token_logprob_reference(hidden, lm_head, target, **head)
-    return policy_terms(policy, entropy, terms, settings, response_index)
+    loss, ratios = policy_terms(policy, entropy, terms, settings, sequences)
+    return loss, policy_metrics(policy, entropy, terms, settings, ratios)
 
 
 # name -> (tokens of each response, group of each response, H, V, options)

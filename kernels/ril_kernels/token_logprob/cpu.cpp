@@ -115,8 +115,8 @@ void block_sums_scalar(const T* logits, int64_t count, const Head& head, Sums* s
 }
 
 template <typename T>
-void row_grad_scalar(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy, float grad_logprob,
-                     float grad_entropy) {
+void row_grad_scalar(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy,
+                     float grad_logprob, float grad_entropy) {
   for (int64_t i = 0; i < count; ++i) {
     float slope;
     const float logprob = lse.logprob(scaled(widen(logits[i]), head, &slope));
@@ -239,8 +239,8 @@ RIL_AVX2 void block_sums_avx2(const T* logits, int64_t count, const Head& head, 
 }
 
 template <typename T, bool CAPPED>
-RIL_AVX2 void row_grad_avx2(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy, float grad_logprob,
-                            float grad_entropy) {
+RIL_AVX2 void row_grad_avx2(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy,
+                            float grad_logprob, float grad_entropy) {
   const __m256 high = _mm256_set1_ps(lse.high), rest = _mm256_set1_ps(lse.low), low = _mm256_set1_ps(EXP_LOW * 2);
   // p (grad_logprob + grad_entropy (logprob + entropy)) with the constants taken together
   const __m256 constant = _mm256_set1_ps(-(grad_logprob + grad_entropy * entropy));
@@ -277,8 +277,7 @@ void block_sums(const T* logits, int64_t count, const Head& head, bool vectors, 
 
 template <typename T>
 void row_grad(T* logits, int64_t count, const Head& head, bool vectors, const LogSumExp& lse, float entropy,
-              float grad_logprob,
-              float grad_entropy) {
+              float grad_logprob, float grad_entropy) {
 #if defined(__x86_64__)
   if (vectors && head.softcap == 0.0f) {
     return row_grad_avx2<T, false>(logits, count, head, lse, entropy, grad_logprob, grad_entropy);
@@ -363,25 +362,25 @@ int32_t grad(T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64
 
 // logits (R, V) with a row stride in elements, target (R,) int64 (outside [0, V): the row does not count),
 // temperature (R,), softcap 0 for none, isa 0 auto or 1 scalar -> logprob, entropy, lse (R,), all written.
-#define RIL_LOGITS_STATS(name, type)                                                                                 \
-  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t vocab,                \
-                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,    \
+#define RIL_LOGITS_STATS(name, type)                                                                                  \
+  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t vocab,                 \
+                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,     \
                                      float* logprob, float* entropy, double* lse) {                                   \
-    return stats(static_cast<const type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, logprob,  \
-                 entropy, lse);                                                                                      \
+    return stats(static_cast<const type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, logprob,   \
+                 entropy, lse);                                                                                       \
   }
 RIL_LOGITS_STATS(ril_logits_stats_f32, float)
 RIL_LOGITS_STATS(ril_logits_stats_bf16, Bf16)
 
 // The same, with lse and entropy of logits_stats and the gradients of log-prob and entropy -> logits become
 // d(logits); rows that do not count, or whose two gradients are 0, become 0.
-#define RIL_LOGITS_GRAD(name, type)                                                                                  \
-  extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t vocab,                      \
-                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,    \
+#define RIL_LOGITS_GRAD(name, type)                                                                                   \
+  extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t vocab,                       \
+                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,     \
                                      const double* lse, const float* entropy, const float* grad_logprob,              \
-                                     const float* grad_entropy) {                                                    \
-    return grad(static_cast<type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, lse, entropy,    \
-                grad_logprob, grad_entropy);                                                                         \
+                                     const float* grad_entropy) {                                                     \
+    return grad(static_cast<type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, lse, entropy,     \
+                grad_logprob, grad_entropy);                                                                          \
   }
 RIL_LOGITS_GRAD(ril_logits_grad_f32, float)
 RIL_LOGITS_GRAD(ril_logits_grad_bf16, Bf16)
