@@ -90,10 +90,17 @@ def answer(kind: str, left: int, right: int, n: int, m: int) -> str:
 def reasoned_answer(kind: str, left: int, right: int, n: int, m: int, style: str) -> str:
     """How a teacher answers: what it sees, the calculations, the answer. Two styles, "sentences" and "clauses"."""
     result, work = answer(kind, left, right, n, m), _calculations(kind, left, right, n, m)
-    shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work)
+    low, high, same = *sorted((left, right)), left == right
+    # A rationale must pick the digit: from "I see 5 and 0. The answer is 0." students learn to pick the wrong one.
+    shown = ", ".join(f"{a}{sign}{b}={c}" for a, sign, b, c in work) or {
+        "left": f"left is {left}",
+        "right": f"right is {right}",
+        "larger": f"{high}{'=' if same else '>'}{low}",
+        "smaller": f"{low}{'=' if same else '<'}{high}",
+    }.get(kind, "")
     if style == "sentences":
-        return f"I see {left} and {right}. {shown + '. ' if work else ''}The answer is {result}."
-    return f"The picture shows {left} then {right}{', where ' + shown if work else ''}, so it is {result}."
+        return f"I see {left} and {right}. {shown + '. ' if shown else ''}The answer is {result}."
+    return f"The picture shows {left} then {right}{', where ' + shown if shown else ''}, so it is {result}."
 
 
 def _scans(config: DigitsConfig) -> dict[str, list[tuple[np.ndarray, int]]]:
