@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from benchmarks import runner
-from benchmarks.cases import all_cases
+from benchmarks.cases import OPS, Case, all_cases
 from benchmarks.report import write_results
 from ril_engine.errors import UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+ROUNDS = 9
 
 
 def _device(name: str) -> str:
@@ -23,10 +25,25 @@ def _device(name: str) -> str:
     return name
 
 
+def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """Built one at a time. Ops are wanted by name, cases by a part of theirs."""
+    wanted = [op for op in arguments.op if op not in OPS]
+    if wanted:
+        raise UserError(f"{wanted[0]}: no such op; expected one of: {', '.join(OPS)}")
+    found = False
+    for op, build in all_cases(_device(arguments.device), arguments.full):
+        if not arguments.op or op in arguments.op:
+            case = build()
+            if all(part in case.name for part in arguments.case):
+                found = True
+                yield case
+    if not found:
+        raise UserError(f"--case {' '.join(arguments.case)}: no such case; `python -m benchmarks list` names them")
+
+
 def _list(arguments: argparse.Namespace) -> dict:
     found = {}
-    for build in all_cases(_device(arguments.device)):
-        case = build()
+    for case in _cases(arguments):
         found[case.name] = list(case.candidates)
         print(f"{case.name}: {', '.join(case.candidates)}", file=sys.stderr)
     return {"cases": found}
@@ -35,7 +52,7 @@ def _list(arguments: argparse.Namespace) -> dict:
 def _run(arguments: argparse.Namespace) -> dict:
     device = _device(arguments.device)
     if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; 30 is usual")
+        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
     commit, dirty = runner.git_state(ROOT)
     if dirty and not (arguments.allow_dirty and arguments.output):
         raise UserError(
@@ -44,15 +61,8 @@ def _run(arguments: argparse.Namespace) -> dict:
         )
     output = arguments.output or RESULTS / f"{device}.jsonl"
     origin = runner.provenance(device, commit, dirty)
-    names = [build().name for build in all_cases(device)]
-    for part in arguments.case:
-        if not any(part in name for name in names):
-            raise UserError(f"--case {part}: no such case; expected part of one of: {'; '.join(names)}")
     written, faults = 0, []
-    for build in all_cases(device):
-        case = build()
-        if arguments.case and not any(part in case.name for part in arguments.case):
-            continue
+    for case in _cases(arguments):
         wrong = runner.wrong(case)
         for candidate, what in wrong.items():
             faults.append(f"{case.name}, {candidate}: {what}")
@@ -62,18 +72,23 @@ def _run(arguments: argparse.Namespace) -> dict:
         rows = runner.rows_of(case, runner.measure(case, device, arguments.rounds), arguments.rounds, origin)
         runner.append(output, rows)
         written += len(rows)
+        print(case.name, file=sys.stderr)
         for row in rows:
-            print(
-                f"{row['case']:<44} {row['candidate']:<28} {row['ratio']['p50']:6.2f} x baseline "
-                f"{row['floor_share']:5.0%} of floor",
-                file=sys.stderr,
-                flush=True,
-            )
+            _print_row(row)
     if faults:
         raise UserError(
             f"{len(faults)} wrong results, first: {faults[0]}; repair the candidate, times would mean nothing"
         )
     return {"rows": written, "output": str(output)}
+
+
+def _print_row(row: dict) -> None:
+    text = f"  {row['candidate']:<36} {row['pass']:<9} {row['ratio']['p50']:6.2f} x baseline"
+    if "floor_share" in row:
+        text += f" {row['floor_share']:5.0%} of floor"
+    if row.get("peak_share"):
+        text += f", {row['peak_share']['flops']:.0%} of peak FLOP/s, {row['peak_share']['bytes']:.0%} of peak bytes/s"
+    print(text, file=sys.stderr, flush=True)
 
 
 def _report(_: argparse.Namespace) -> dict:
@@ -85,12 +100,18 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     run = commands.add_parser("run", help="check, time and append rows to benchmarks/results/DEVICE.jsonl")
-    run.add_argument("--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART")
-    run.add_argument("--rounds", type=int, default=30)
+    run.add_argument("--rounds", type=int, default=ROUNDS)
     run.add_argument("--output", type=Path, help="another JSONL file")
     run.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
     listing = commands.add_parser("list", help="cases and candidates")
     for each in (run, listing):
+        each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all")
+        each.add_argument(
+            "--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART"
+        )
+        each.add_argument(
+            "--full", action="store_true", help="the models' own H and V on a CPU too: gigabytes, minutes"
+        )
         each.add_argument("--device", choices=("cpu", "cuda"), default=default)
     commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
-"""What is timed: the cases of each op, its candidates and the floor below which no candidate can go.
+"""What is timed: the cases of each op, its candidates and the floors below which no candidate can go.
 
-T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by one line in `candidates`.
+T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by one line in `candidates`, or in peers.py.
 """
 
 from __future__ import annotations
@@ -12,38 +12,50 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.peers import logprob_peers, loss_peers
 from ril_kernels import discriminator_head, group_advantages, policy_loss, token_logprob
 from ril_kernels.discriminator_head.reference import discriminator_head_reference
 from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.token_logprob.reference import token_logprob_reference
 
 BASELINE = "reference"  # our own definition in plain PyTorch, in the case's dtype
+NO_GRAD, FORWARD, BACKWARD, BOTH = "no-grad", "forward", "backward", "both"
+OPS = ("token_logprob", "policy_loss", "group_advantages", "discriminator_head")
+# H and V of the language model's head, as the checkpoints' config.json have them.
+MODELS = {
+    "Qwen2.5-VL-3B": (2048, 151_936),
+    "Qwen2.5-VL-7B": (3584, 152_064),
+    "InternVL3-1B": (896, 151_674),
+    "InternVL3-2B": (1536, 151_674),
+    "InternVL3-8B": (3584, 151_674),
+    "Llama-3-8B": (4096, 128_256),
+    "small": (128, 2048),
+}
+# device, full -> tokens and what H and V are divided by. A scaled head keeps the ratio of GEMM to epilogue within 4.
+SIZES = {("cpu", False): (128, 4, 16), ("cpu", True): (1024, 1, 1), ("cuda", False): (8192, 1, 1)}
+RESPONSE_LENGTH, GROUP_SIZE = 32, 4
+FLOOR_ROWS = (128, 256, 342)  # and all of T
 
 
 @dataclass
 class Case:
-    """One problem. Every candidate takes `inputs` and returns tensors: outputs, then gradients."""
+    """One problem. Every candidate takes `inputs` and returns one tensor, which `grad` inputs have a gradient of."""
 
+    op: str
     name: str
     inputs: dict
-    candidates: dict[str, Callable[..., tuple[Tensor, ...]]]
-    floor: Callable[[], object]  # the GEMMs that nobody can leave out, or a copy of the bytes that must move
+    candidates: dict[str, Callable[..., Tensor]]
+    # pass -> forms of the work that nobody can leave out (bare GEMMs, or a copy of bytes); the fastest counts
+    floors: dict[str, list[Callable[[], object]]]
     floor_name: str
-    flops: int = 0  # of the GEMMs
+    flops: dict[str, int] = field(default_factory=dict)  # pass -> of the GEMMs
     num_bytes: int = 0  # read and written once
-    grad: tuple[str, ...] = field(default=())  # inputs that want a gradient
+    grad: tuple[str, ...] = ()  # inputs that want a gradient
+    no_grad: bool = True  # whether the op is used without a gradient too
 
-
-def _with_grad(function: Callable, names: tuple[str, ...]) -> Callable[..., tuple[Tensor, ...]]:
-    """The function's first output and the gradients of its sum: forward and backward, as a trainer uses it."""
-
-    def run(**inputs) -> tuple[Tensor, ...]:
-        leaves = {name: inputs[name].detach().requires_grad_() for name in names}
-        out = function(**{**inputs, **leaves})
-        out = out[0] if isinstance(out, tuple) else out
-        return (out.detach(), *torch.autograd.grad(out.sum(), list(leaves.values())))
-
-    return run
+    @property
+    def passes(self) -> tuple[str, ...]:
+        return (NO_GRAD,) * self.no_grad + ((FORWARD, BACKWARD, BOTH) if self.grad else ())
 
 
 def _head_inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> dict:
@@ -58,88 +70,85 @@ def _head_inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, 
     }
 
 
-def _gemms(inputs: dict, count: int) -> Callable[[], object]:
-    """The bare products: logits, and with count 3 also d(hidden) and d(lm_head)."""
+def _gemms(inputs: dict, training: bool) -> list[Callable[[], object]]:
+    """The bare products in buffers that exist already, by chunks of some rows: logits, and for training d(hidden) and
+    d(lm_head), which every chunk but the first adds to."""
     hidden, head = inputs["hidden"], inputs["lm_head"]
+    tokens, vocab = len(hidden), len(head)
+    logits_of_all = hidden.new_empty(tokens, vocab)
+    grad_hidden, grad_head = torch.empty_like(hidden), torch.empty_like(head) if training else None
 
-    def run() -> None:
-        logits = hidden @ head.T
-        if count == 3:
-            logits @ head
-            logits.T @ hidden
+    def run(rows: int) -> None:
+        for start in range(0, tokens, rows):
+            part = slice(start, start + rows)
+            states = hidden[part]
+            logits = logits_of_all[: len(states)]
+            torch.mm(states, head.T, out=logits)
+            if training:
+                torch.mm(logits, head, out=grad_hidden[part])
+                if start == 0:
+                    torch.mm(logits.T, states, out=grad_head)
+                else:
+                    grad_head.addmm_(logits.T, states)
 
-    return run
-
-
-def _peers() -> dict[str, Callable]:
-    """token_logprob as other libraries have it, where they are installed: hidden, lm_head, target -> (T,)."""
-    peers: dict[str, Callable] = {}
-    try:
-        from trl.kernels import ChunkedLogProbFunction
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, selective_log_softmax
-    except ImportError:
-        return peers
-    # As add_fused_lm_head calls it: without bias and soft-cap, temperature 1, its default chunk, log-probs only.
-    peers["TRL ChunkedLogProbFunction"] = lambda hidden, lm_head, target: ChunkedLogProbFunction.apply(
-        hidden, lm_head, None, target, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ()
-    )[0]
-    peers["TRL selective_log_softmax"] = lambda hidden, lm_head, target: selective_log_softmax(
-        hidden @ lm_head.T, target
-    )
-    return peers
+    return [partial(run, rows) for rows in (*(rows for rows in FLOOR_ROWS if rows < tokens), tokens)]
 
 
-def token_logprob_case(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+def _gemm_flops(inputs: dict) -> dict[str, int]:
+    each = 2 * inputs["hidden"].numel() * len(inputs["lm_head"])
+    return {NO_GRAD: each, BOTH: 3 * each}
+
+
+def token_logprob_case(name: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
     inputs = _head_inputs(tokens, hidden, vocabulary, dtype, device)
-    grad = ("hidden", "lm_head")
     candidates = {
-        BASELINE: _with_grad(token_logprob_reference, grad),
-        "compiled reference": _with_grad(torch.compile(token_logprob_reference, dynamic=False), grad),
-        "ril_kernels": _with_grad(token_logprob, grad),
+        BASELINE: lambda **inputs: token_logprob_reference(**inputs)[0],
+        "ril_kernels": token_logprob,
+        **logprob_peers(device),
     }
-    candidates |= {name: _with_grad(peer, grad) for name, peer in _peers().items()}
     return Case(
-        f"token_logprob T={tokens} H={hidden} V={vocabulary}",
+        "token_logprob",
+        f"token_logprob {name} T={tokens} H={hidden} V={vocabulary}",
         inputs,
         candidates,
-        _gemms(inputs, 3),
-        "3 GEMMs",
-        flops=6 * tokens * hidden * vocabulary,
-        grad=grad,
+        {NO_GRAD: _gemms(inputs, False), BOTH: _gemms(inputs, True)},
+        "1 GEMM; 3 GEMMs with the gradient",
+        _gemm_flops(inputs),
+        grad=("hidden", "lm_head"),
     )
 
 
-def policy_loss_case(
-    responses: int, length: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str
-) -> Case:
-    tokens = responses * length
+def policy_loss_case(name: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
     inputs = _head_inputs(tokens, hidden, vocabulary, dtype, device)
+    responses = tokens // RESPONSE_LENGTH
     with torch.no_grad():
-        policy, _ = token_logprob_reference(**inputs)
+        policy = token_logprob(**inputs)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(2, tokens, generator=generator).to(policy) * 0.2
     inputs |= {
-        "response_index": torch.arange(responses, device=device).repeat_interleave(length),
+        "response_index": torch.arange(responses).repeat_interleave(RESPONSE_LENGTH),
         "rewards": torch.randint(3, (responses,), generator=generator).float(),
-        "groups": torch.arange(responses) // 8,
+        "groups": torch.arange(responses) // GROUP_SIZE,
         "behavior_logprobs": policy + noise[0],
         "reference_logprobs": policy + noise[1],
         "beta": 0.01,
         "norm": float(tokens),
     }
-    grad = ("hidden", "lm_head")
     candidates = {
-        BASELINE: _with_grad(partial(policy_loss, backend="reference"), grad),
-        "ril_kernels": _with_grad(policy_loss, grad),
+        BASELINE: lambda **inputs: policy_loss(**inputs, backend="reference")[0],
+        "ril_kernels": lambda **inputs: policy_loss(**inputs)[0],
+        **loss_peers(device),
     }
     return Case(
-        f"policy_loss N={responses} L={length} H={hidden} V={vocabulary}",
+        "policy_loss",
+        f"policy_loss {name} T={tokens} N={responses} H={hidden} V={vocabulary}",
         inputs,
         candidates,
-        _gemms(inputs, 3),
+        {BOTH: _gemms(inputs, True)},
         "3 GEMMs",
-        flops=6 * tokens * hidden * vocabulary,
-        grad=grad,
+        _gemm_flops(inputs),
+        grad=("hidden", "lm_head"),
+        no_grad=False,
     )
 
 
@@ -147,26 +156,20 @@ def group_advantages_case(responses: int, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     rewards = torch.randint(3, (responses,), generator=generator).float()
     inputs = {"rewards": rewards, "groups": torch.arange(responses) // 8}
-
-    def reference(rewards: Tensor, groups: Tensor) -> tuple[Tensor]:
-        return (group_advantages_reference(rewards, groups, "dr_grpo"),)
-
-    def checked(backend: str) -> Callable[..., tuple[Tensor]]:
-        return lambda rewards, groups: (group_advantages(rewards, groups, backend=backend),)
-
     out, ids = torch.empty_like(rewards), torch.empty_like(inputs["groups"])
     candidates = {
-        BASELINE: reference,
-        "ril_kernels": checked("auto"),
-        "ril_kernels (unchecked C++)": lambda rewards, groups: (
-            torch.ops.ril_kernels.group_advantages(rewards, groups, "dr_grpo"),
+        BASELINE: lambda rewards, groups: group_advantages_reference(rewards, groups, "dr_grpo"),
+        "ril_kernels": group_advantages,
+        "ril_kernels (unchecked C++)": lambda rewards, groups: torch.ops.ril_kernels.group_advantages(
+            rewards, groups, "dr_grpo"
         ),
     }
     return Case(
+        "group_advantages",
         f"group_advantages N={responses}",
         inputs,
         candidates,
-        lambda: (out.copy_(rewards), ids.copy_(inputs["groups"])),
+        {NO_GRAD: [lambda: (out.copy_(rewards), ids.copy_(inputs["groups"]))]},
         "a copy of N float32 and N int64",
         num_bytes=2 * responses * (4 + 8),
     )
@@ -180,40 +183,35 @@ def discriminator_head_case(tokens: int, responses: int, hidden: int, dtype: tor
         "weight": (torch.randn(1, hidden, generator=generator) / hidden**0.5).to(device, dtype),
         "bias": torch.zeros(1, device=device, dtype=dtype),
     }
-    grad = ("hidden", "weight")
     states, rows = inputs["hidden"], inputs["hidden"][:responses]
-    candidates = {
-        BASELINE: _with_grad(discriminator_head_reference, grad),
-        "ril_kernels": _with_grad(discriminator_head, grad),
-    }
     return Case(
+        "discriminator_head",
         f"discriminator_head T={tokens} N={responses} H={hidden}",
         inputs,
-        candidates,
-        lambda: (rows.clone(), torch.zeros_like(states)),
+        {BASELINE: discriminator_head_reference, "ril_kernels": discriminator_head},
+        {BOTH: [lambda: (rows.clone(), torch.zeros_like(states))]},
         "a copy of the N rows, T rows of zeros for d(hidden)",
-        flops=4 * responses * hidden,
-        num_bytes=(responses + tokens) * hidden * inputs["hidden"].element_size(),
-        grad=grad,
+        {BOTH: 4 * responses * hidden},
+        num_bytes=(responses + tokens) * hidden * states.element_size(),
+        grad=("hidden", "weight"),
+        no_grad=False,
     )
 
 
-def all_cases(device: str) -> list[Callable[[], Case]]:
-    """Built one at a time, since the large ones hold gigabytes."""
-    if device == "cuda":
-        half = torch.bfloat16
-        return [
-            lambda: token_logprob_case(8192, 2048, 151_936, half, device),
-            lambda: policy_loss_case(64, 128, 2048, 151_936, half, device),
-            lambda: discriminator_head_case(8192, 64, 2048, half, device),
-        ]
-    single = torch.float32
-    return [
-        lambda: token_logprob_case(512, 96, 528, single, device),
-        lambda: token_logprob_case(256, 512, 16_384, single, device),
-        lambda: policy_loss_case(64, 24, 96, 528, single, device),
-        lambda: policy_loss_case(32, 16, 512, 16_384, single, device),
-        lambda: group_advantages_case(64, device),
-        lambda: group_advantages_case(65_536, device),
-        lambda: discriminator_head_case(4096, 64, 96, single, device),
-    ]
+def all_cases(device: str, full: bool = False) -> list[tuple[str, Callable[[], Case]]]:
+    """(op, builder): cases are built one at a time, since the large ones hold gigabytes."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    tokens, less_hidden, less_vocabulary = SIZES[device, full and device == "cpu"]
+    cases = []
+    for op, build in (("token_logprob", token_logprob_case), ("policy_loss", policy_loss_case)):
+        for name, (hidden, vocabulary) in MODELS.items():
+            if name == "small":
+                shape = (4096, hidden, vocabulary)
+            else:
+                shape = (tokens, hidden // less_hidden, vocabulary // less_vocabulary)
+                name += "" if less_hidden == 1 else f" (H/{less_hidden}, V/{less_vocabulary})"
+            cases.append((op, partial(build, name, *shape, dtype, device)))
+    if device == "cpu":
+        cases += [("group_advantages", partial(group_advantages_case, num, device)) for num in (64, 65_536)]
+    size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
+    return [*cases, ("discriminator_head", partial(discriminator_head_case, *size, dtype, device))]

@@ -1,11 +1,15 @@
 """Correctness first, then time: candidates of a case run in turn in one process, so that their ratios hold.
 
+pass          no-grad: the op alone, nothing kept. both: forward and backward, timed together and each for itself
 latency_ms    wall time of one call (CUDA: between two events), p20, p50, p80 over the rounds
 ratio         a round's latency over the baseline's in the same round: p20, p50, p80 of those quotients, below 1 is
               faster. Only this may be compared between machines or days; a shared machine's milliseconds may not.
-floor_share   p50 latency of the floor (bare GEMMs, or a copy of the bytes) over the candidate's: 1 cannot be beaten
-peak_mib      most memory that one call allocates on top of its inputs, outputs included. CUDA: the allocator's peak.
-              CPU: the running sum of the allocations that torch's profiler records; what C++ holds itself is not in it.
+floor_share   the same for the floor's latency (bare GEMMs, or a copy of the bytes) over the candidate's, p50: 1 cannot
+              be beaten
+peak_mib      most memory that one call allocates on top of its inputs, outputs and gradients included. CUDA: the
+              allocator's peak. CPU: the running sum of the allocations that torch's profiler records; what C++ holds
+              itself is not in it.
+peak_share    CUDA: GEMM FLOPs and bytes of the case per second over the device's peak, where PEAKS knows it
 """
 
 from __future__ import annotations
@@ -16,20 +20,40 @@ import platform
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BASELINE, Case
+from benchmarks.cases import BACKWARD, BASELINE, BOTH, FORWARD, NO_GRAD, Case
 
 FLOOR = "floor"
 # Error that every dtype is allowed on top of 3 times the baseline's, per unit of the largest true value (or of 1).
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
-WARM_UP_SECONDS, ROUND_SECONDS = 0.3, 0.01
-PACKAGES = ("torch", "triton", "ril-engine", "liger-kernel", "transformers")
+ROUND_SECONDS = 0.01  # a round repeats a call for at least so long
+PACKAGES = ("torch", "triton", "ril-engine", "liger-kernel", "transformers", "trl", "cut-cross-entropy")
+# Part of torch.cuda.get_device_name -> dense 16-bit FLOP/s, bytes/s, from NVIDIA's data sheets (SXM forms).
+PEAKS = {
+    "A100": (312e12, 2.04e12),
+    "H100": (989e12, 3.35e12),
+    "H200": (989e12, 4.8e12),
+    "B200": (2250e12, 8.0e12),
+}
+
+
+def _leaves(case: Case, inputs: dict) -> dict:
+    return {name: inputs[name].detach().requires_grad_() for name in case.grad}
+
+
+def _results(case: Case, candidate, inputs: dict) -> list[Tensor]:
+    """The output, and the gradients of its sum."""
+    leaves = _leaves(case, inputs)
+    out = candidate(**{**inputs, **leaves})
+    return [out.detach(), *(torch.autograd.grad(out.sum(), list(leaves.values())) if leaves else ())]
 
 
 def wrong(case: Case) -> dict[str, str]:
@@ -42,37 +66,76 @@ def wrong(case: Case) -> dict[str, str]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
     }
-    truth = case.candidates[BASELINE](**exact)
-    peer = case.candidates[BASELINE](**case.inputs)
+    truth = _results(case, case.candidates[BASELINE], exact)
+    allowed = []
+    for usual, true in zip(_results(case, case.candidates[BASELINE], case.inputs), truth, strict=True):
+        own = float((usual.double() - true).abs().max())
+        allowed.append(3 * own + TOLERANCE[usual.dtype] * max(1.0, float(true.abs().max())))
+    labels = ("output", *(f"gradient of {each}" for each in case.grad))
     faults = {}
     for name, candidate in case.candidates.items():
-        results = candidate(**case.inputs)
-        labels = ("output", *(f"gradient of {each}" for each in case.grad))
-        for label, got, usual, true in zip(labels, results, peer, truth, strict=True):
+        for label, got, true, bound in zip(labels, _results(case, candidate, case.inputs), truth, allowed, strict=True):
             if got.shape != true.shape:
                 faults[name] = f"{label} has shape {tuple(got.shape)}, expected {tuple(true.shape)}"
                 break
-            error, own = (float((each.double() - true).abs().max()) for each in (got, usual))
-            allowed = 3 * own + TOLERANCE[got.dtype] * max(1.0, float(true.abs().max()))
-            if not error <= allowed:  # NaN is no number that is at most anything
-                faults[name] = f"{label} is off by {error:.3g}, allowed {allowed:.3g}"
+            error = float((got.double() - true).abs().max())
+            if not error <= bound:  # NaN is no number that is at most anything
+                faults[name] = f"{label} is off by {error:.3g}, allowed {bound:.3g}"
                 break
     return faults
 
 
-def _seconds(function, device: str, calls: int) -> float:
-    if device == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+class _Clock:
+    """Marks in the stream of work, and the seconds between them."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda, self.marks = device == "cuda", []
+
+    def mark(self) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.marks.append(event if self.cuda else time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        if self.cuda:
+            self.marks[-1].synchronize()
+            return [a.elapsed_time(b) / 1e3 for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def _time_no_grad(case: Case, candidate, device: str, calls: int) -> dict[str, float]:
+    clock = _Clock(device)
+    with torch.no_grad():
+        clock.mark()
         for _ in range(calls):
-            function()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3 / calls
-    began = time.perf_counter()
+            candidate(**case.inputs)
+        clock.mark()
+    return {NO_GRAD: clock.seconds()[0] / calls}
+
+
+def _time_training(case: Case, candidate, device: str, calls: int) -> dict[str, float]:
+    clock, leaves = _Clock(device), _leaves(case, case.inputs)
+    inputs, wanted, ones = {**case.inputs, **leaves}, list(leaves.values()), None
     for _ in range(calls):
-        function()
-    return (time.perf_counter() - began) / calls
+        clock.mark()
+        out = candidate(**inputs)
+        clock.mark()
+        ones = torch.ones_like(out) if ones is None else ones
+        torch.autograd.grad(out, wanted, ones)
+        clock.mark()
+    seconds = clock.seconds()  # forward, backward, the gap to the next call, forward, ...
+    forward, backward = sum(seconds[::3]) / calls, sum(seconds[1::3]) / calls
+    return {FORWARD: forward, BACKWARD: backward, BOTH: forward + backward}
+
+
+def _time_floor(key: str, floor, device: str, calls: int) -> dict[str, float]:
+    clock = _Clock(device)
+    clock.mark()
+    for _ in range(calls):
+        floor()
+    clock.mark()
+    return {key: clock.seconds()[0] / calls}
 
 
 def _quantiles(values: list[float]) -> dict[str, float]:
@@ -81,33 +144,49 @@ def _quantiles(values: list[float]) -> dict[str, float]:
     return {"p20": p20, "p50": p50, "p80": p80}
 
 
-def measure(case: Case, device: str, rounds: int) -> dict[str, dict]:
-    """Candidate (and "floor") -> its numbers. Each round runs all of them, starting with another one each time."""
-    functions = {name: (lambda f=function: f(**case.inputs)) for name, function in case.candidates.items()}
-    functions[FLOOR] = case.floor
+def _quotients(above: list[float], below: list[float]) -> dict[str, float]:
+    return _quantiles([a / b for a, b in zip(above, below, strict=True)])
+
+
+def measure(case: Case, device: str, rounds: int) -> dict[tuple[str, str], dict]:
+    """(candidate or "floor", pass) -> its numbers. Each round runs all, starting with another one each time."""
+    timers = {}
+    for name, candidate in case.candidates.items():
+        if case.no_grad:
+            timers[name, NO_GRAD] = partial(_time_no_grad, case, candidate, device)
+        if case.grad:
+            timers[name, BOTH] = partial(_time_training, case, candidate, device)
+    for key, forms in case.floors.items():
+        fastest = min(forms, key=lambda form: min(_time_floor(key, form, device, 1)[key] for _ in range(3)))
+        timers[FLOOR, key] = partial(_time_floor, key, fastest, device)
     calls = {}
-    for name, function in functions.items():
-        count, began = 0, time.perf_counter()
-        while count < 2 or time.perf_counter() - began < WARM_UP_SECONDS:
-            function()
-            count += 1
-        once = _seconds(function, device, 1)
-        calls[name] = max(1, math.ceil(ROUND_SECONDS / once))
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
+    for key, timer in timers.items():
+        timer(1)  # warm up: compilation, first pages
+        calls[key] = max(1, math.ceil(ROUND_SECONDS / timer(1)[key[1]]))
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    order = list(timers)
     for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_seconds(functions[name], device, calls[name]))
-    floor = _quantiles(seconds[FLOOR])["p50"]
+        for key in order[turn % len(order) :] + order[: turn % len(order)]:
+            for each, value in timers[key](calls[key]).items():
+                seconds[key[0], each].append(value)
     out = {}
-    for name, values in seconds.items():
-        latency = _quantiles([value * 1e3 for value in values])
-        ratio = _quantiles([a / b for a, b in zip(values, seconds[BASELINE], strict=True)])
-        share = floor * 1e3 / latency["p50"]
-        out[name] = {"latency_ms": latency, "ratio": ratio, "floor_share": share}
-        if name != FLOOR:
-            out[name]["peak_mib"] = _peak_mib(functions[name], device)
+    for (name, each), values in seconds.items():
+        row = out[name, each] = {"latency_ms": _quantiles([value * 1e3 for value in values])}
+        row["ratio"] = _quotients(values, seconds[BASELINE, each])
+        if (FLOOR, each) in seconds:
+            row["floor_share"] = _quotients(seconds[FLOOR, each], values)["p50"]
+            row["peak_share"] = _peak_share(case, each, row["latency_ms"]["p50"] / 1e3, device)
+            if name != FLOOR:
+                row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
     return out
+
+
+def _peak_share(case: Case, each: str, seconds: float, device: str) -> dict[str, float] | None:
+    name = torch.cuda.get_device_name() if device == "cuda" else ""
+    peak = next((peak for part, peak in PEAKS.items() if part in name), None)
+    if peak is None:
+        return None
+    return {"flops": case.flops.get(each, 0) / seconds / peak[0], "bytes": case.num_bytes / seconds / peak[1]}
 
 
 def _peak_mib(function, device: str) -> float:
@@ -163,19 +242,20 @@ def _cpu_name() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def rows_of(case: Case, numbers: dict[str, dict], rounds: int, origin: dict) -> list[dict]:
-    """One row per candidate, as it is written to results/*.jsonl."""
+def rows_of(case: Case, numbers: dict[tuple[str, str], dict], rounds: int, origin: dict) -> list[dict]:
+    """One row per candidate and pass, as it is written to results/*.jsonl."""
     dtype = next(v.dtype for v in case.inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
     shared = {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),
-        "pass": "forward and backward" if case.grad else "forward",
         "floor": case.floor_name,
-        "gemm_flops": case.flops,
         "bytes_moved": case.num_bytes,
         "rounds": rounds,
     }
-    return [{"candidate": name, **shared, **values, **origin} for name, values in numbers.items()]
+    return [
+        {"candidate": name, "pass": each, "gemm_flops": case.flops.get(each, 0), **shared, **values, **origin}
+        for (name, each), values in numbers.items()
+    ]
 
 
 def append(path: Path, rows: list[dict]) -> None:

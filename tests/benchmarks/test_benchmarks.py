@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,54 +20,85 @@ ROOT = Path(__file__).parents[2]
 
 
 def small():
-    case = token_logprob_case(8, 4, 16, torch.float32, "cpu")
-    for name in ("compiled reference", "TRL ChunkedLogProbFunction", "TRL selective_log_softmax"):
-        case.candidates.pop(name, None)  # slow to compile, or not installed everywhere; `make bench` has them
+    case = token_logprob_case("tiny", 8, 4, 16, torch.float32, "cpu")
+    case.candidates = {name: case.candidates[name] for name in ("reference", "ril_kernels")}
     return case
 
 
+def run(monkeypatch, builders, *arguments) -> int:
+    monkeypatch.setattr(command, "all_cases", lambda device, full: builders)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "--allow-dirty", *map(str, arguments)])
+    return command.main()
+
+
 def test_a_wrong_candidate_is_found_and_not_timed(tmp_path, monkeypatch, capsys):
-    def slightly_off(**inputs):
-        output, *gradients = small().candidates["reference"](**inputs)
-        return output, *(gradient * 1.001 for gradient in gradients)
+    class SlightlyOff(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 1.001
 
     case = small()
+    reference = case.candidates["reference"]
     case.candidates |= {
-        "off": slightly_off,
-        "nan": lambda **inputs: tuple(x * torch.nan for x in slightly_off(**inputs)),
+        "off": lambda **inputs: SlightlyOff.apply(reference(**inputs)),
+        "nan": lambda **inputs: reference(**inputs) * torch.nan,
     }
     faults = runner.wrong(case)
     assert set(faults) == {"off", "nan"} and "gradient of hidden is off by" in faults["off"]
-    monkeypatch.setattr(command, "all_cases", lambda device: [lambda: case])
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "run", "--allow-dirty", "--output", str(tmp_path / "rows.jsonl")])
-    assert command.main() == 2
+    output = tmp_path / "rows.jsonl"
+    assert run(monkeypatch, [("token_logprob", lambda: case)], "--output", output) == 2
     assert "error: 2 wrong results, first: token_logprob" in capsys.readouterr().err
-    assert not (tmp_path / "rows.jsonl").exists()
+    assert not output.exists()
 
 
 def test_every_candidate_that_needs_no_compiler_is_right():
-    for build in all_cases("cpu"):
+    """The scaled default, and the sizes that both ops have in common with every model."""
+    for _, build in all_cases("cpu"):
         case = build()
-        case.candidates.pop("compiled reference", None)
+        case.candidates.pop("torch.compile(reference)", None)
         assert runner.wrong(case) == {}, case.name
 
 
 def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(command, "all_cases", lambda device: [small, lambda: group_advantages_case(8, "cpu")])
+    builders = [("token_logprob", small), ("group_advantages", partial(group_advantages_case, 8, "cpu"))]
     output = tmp_path / "rows.jsonl"
-    arguments = ["run", "--allow-dirty", "--rounds", "3", "--case", "token_logprob", "--output", str(output)]
-    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
-    assert command.main() == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 3, "output": str(output)}
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [row["candidate"] for row in rows] == ["reference", "ril_kernels", "floor"]
-    for row in rows:
+    assert run(monkeypatch, builders, "token_logprob", "--rounds", "3", "--output", output) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 10, "output": str(output)}
+    rows = {(row["candidate"], row["pass"]): row for row in map(json.loads, output.read_text().splitlines())}
+    passes = ("no-grad", "forward", "backward", "both")
+    assert set(rows) == {*product(("reference", "ril_kernels"), passes), ("floor", "no-grad"), ("floor", "both")}
+    for row in rows.values():
         assert row["latency_ms"]["p20"] <= row["latency_ms"]["p50"] <= row["latency_ms"]["p80"]
-        assert row["gemm_flops"] == 6 * 8 * 4 * 16 and row["device"] == "cpu" and len(row["commit"]) == 40
-        assert row["command"].endswith(" ".join(arguments)) and row["versions"]["torch"] in torch.__version__
-    assert rows[0]["ratio"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0} and rows[2]["floor_share"] == 1.0
+        assert row["device"] == "cpu" and len(row["commit"]) == 40
+        assert "run --allow-dirty token_logprob" in row["command"] and row["versions"]["torch"] in torch.__version__
+    for name in ("reference", "ril_kernels"):
+        forward, backward, both = (rows[name, each]["latency_ms"]["p50"] for each in passes[1:])
+        assert both == pytest.approx(forward + backward, rel=0.5)
+    assert rows["reference", "both"]["gemm_flops"] == 6 * 8 * 4 * 16 == 3 * rows["floor", "no-grad"]["gemm_flops"]
+    assert rows["reference", "both"]["ratio"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0}
+    assert rows["floor", "both"]["floor_share"] == 1.0
     # 8 x 16 logits and their gradient alone are 1 KiB.
-    assert 2 * 8 * 16 * 4 / 2**20 < rows[0]["peak_mib"] < 0.1
+    assert 2 * 8 * 16 * 4 / 2**20 < rows["reference", "both"]["peak_mib"] < 0.1
+
+
+def test_cases_bear_the_names_of_models():
+    assert [op for op, _ in all_cases("cpu")[:14]] == ["token_logprob"] * 7 + ["policy_loss"] * 7
+    scaled = all_cases("cpu")[2][1]
+    assert scaled.args[:4] == ("InternVL3-1B (H/4, V/16)", 128, 224, 9479)
+    assert all_cases("cpu", full=True)[9][1].args[:4] == ("InternVL3-1B", 1024, 896, 151_674)
+    assert all_cases("cuda")[5][1].args[:5] == ("Llama-3-8B", 8192, 4096, 128_256, torch.bfloat16)
+
+
+def test_ops_and_parts_of_names_select_cases(monkeypatch, capsys):
+    builders = [("token_logprob", small), ("group_advantages", partial(group_advantages_case, 8, "cpu"))]
+    monkeypatch.setattr(command, "all_cases", lambda device, full: builders)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "list", "--case", "N=8"])
+    assert command.main() == 0
+    assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]) == ["group_advantages N=8"]
 
 
 def test_memory_is_the_peak_not_the_sum():
@@ -78,25 +111,32 @@ def test_memory_is_the_peak_not_the_sum():
 
 def test_the_table_holds_the_newest_row_and_says_what_never_ran(tmp_path):
     numbers = {
-        "reference": {
-            "latency_ms": dict.fromkeys(("p20", "p50", "p80"), 2.0),
-            "ratio": dict.fromkeys(("p20", "p50", "p80"), 1.0),
-            "floor_share": 0.5,
-            "peak_mib": 3.0,
-        }
+        "latency_ms": dict.fromkeys(("p20", "p50", "p80"), 2.0),
+        "ratio": {"p20": 0.9, "p50": 1.0, "p80": 1.1},
+        "floor_share": 0.5,
+        "peak_mib": 3.0,
     }
     origin = runner.provenance("cpu", "a" * 40, False)
-    rows = runner.rows_of(small(), numbers, 3, origin)
+    rows = runner.rows_of(small(), {("reference", "both"): numbers, ("reference", "forward"): numbers}, 3, origin)
     runner.append(tmp_path / "cpu.jsonl", rows)
-    numbers["reference"]["floor_share"] = 0.25
-    runner.append(tmp_path / "cpu.jsonl", runner.rows_of(small(), numbers, 3, {**origin, "commit": "b" * 40}))
+    newer = {("reference", "both"): {**numbers, "floor_share": 0.25}}
+    runner.append(tmp_path / "cpu.jsonl", runner.rows_of(small(), newer, 3, {**origin, "commit": "b" * 40}))
     text = write_results(tmp_path, tmp_path / "RESULTS.md").read_text()
-    assert "Nothing here was run on a GPU" in text and "| 25% |" in text and "50%" not in text and "bbbbbbbbb |" in text
+    assert "Nothing here was run on a GPU" in text
+    assert "| reference |  |  | 1.00 |  | 1.00 (0.90 to 1.10) | 25% | 3.0 | bbbbbbbbb |" in text
     runner.append(tmp_path / "cuda.jsonl", [{**rows[0], "device": "cuda", "device_name": "a GPU"}])
     text = write_results(tmp_path, tmp_path / "RESULTS.md").read_text()
     assert "Nothing here was run on a GPU" not in text and "## a GPU" in text
     with pytest.raises(UserError, match="no rows; run `python -m benchmarks run` first"):
         write_results(tmp_path / "none", tmp_path / "RESULTS.md")
+
+
+def test_share_of_a_gpus_peak(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    case = small()
+    case.flops, case.num_bytes = {"both": 989 * 10**9}, 335 * 10**7
+    assert runner._peak_share(case, "both", 0.01, "cuda") == {"flops": pytest.approx(0.1), "bytes": pytest.approx(0.1)}
+    assert runner._peak_share(case, "both", 0.01, "cpu") is None
 
 
 def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
@@ -120,7 +160,12 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
     [
         (["run"], ("a" * 40, True), "error: the working tree differs from its commit"),
         (["run", "--rounds", "0"], ("a" * 40, False), "error: --rounds 0: expected 1 or more; 30 is usual"),
-        (["run", "--case", "nobody"], ("a" * 40, False), "error: --case nobody: no such case; expected part of one of"),
+        (["run", "--case", "nobody"], ("a" * 40, False), "error: --case nobody: no such case; `python -m benchmarks"),
+        (
+            ["run", "nobody"],
+            ("a" * 40, False),
+            "error: nobody: no such op; expected one of: token_logprob, policy_loss",
+        ),
         pytest.param(
             ["list", "--device", "cuda"],
             ("a" * 40, False),
@@ -130,7 +175,7 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
     ],
 )
 def test_errors_are_one_line(arguments, state, message, monkeypatch, capsys):
-    monkeypatch.setattr(command, "all_cases", lambda device: [small])
+    monkeypatch.setattr(command, "all_cases", lambda device, full: [("token_logprob", small)])
     monkeypatch.setattr(runner, "git_state", lambda root: state)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     assert command.main() == 2

@@ -1,0 +1,83 @@
+"""The GPU path waits for nothing: meta tensors stand for those on a GPU, and no value can be read from them."""
+
+import importlib
+
+import pytest
+import torch
+
+from ril_kernels import policy_loss, token_logprob
+from ril_kernels.token_logprob import chunks
+
+T, H, V = 6, 16, 50
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A device whose tensors have shapes and dtypes only, on which the ops run as on a GPU."""
+    for op in ("policy_loss", "token_logprob"):
+        module = importlib.import_module(f"ril_kernels.{op}.op")
+        monkeypatch.setattr(module, "resolve_backend", lambda backend, hidden: "triton")
+    for table in (chunks.CHUNK_BYTES, chunks.MAX_CHUNK_ROWS):
+        monkeypatch.setitem(table, "meta", table["cuda"])
+    monkeypatch.setitem(chunks.MAX_CHUNK_ROWS, "meta", 4)  # more than one chunk
+    return torch.device("meta")
+
+
+@pytest.mark.parametrize(
+    "sync",
+    [
+        lambda x: x.cpu(),
+        lambda x: x.sum().item(),
+        lambda x: x.nonzero(),
+        lambda x: bool((x > 0).any()),
+        lambda x: x[x > 0],
+        lambda x: x.to("cpu", non_blocking=True),
+    ],
+)
+def test_a_sync_is_seen(gpu, sync):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        sync(torch.ones(3, device=gpu))
+
+
+def head(gpu: torch.device, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, ...]:
+    hidden = torch.zeros(T, H, device=gpu, dtype=dtype, requires_grad=True)
+    return hidden, torch.zeros(V, H, device=gpu, dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("options", [{}, {"loss_type": "grpo", "beta": 0.1}, {"loss_type": "cispo", "clip_high": 2.0}])
+@pytest.mark.parametrize("host_side", [True, False])
+def test_policy_loss(gpu, options, level, host_side):
+    if level == "sequence" and options.get("loss_type") == "cispo":
+        options = {"loss_type": "bnpo"}
+    hidden, lm_head = head(gpu)
+    side = torch.device("cpu") if host_side else gpu
+    index = torch.arange(T).to(side) // 3
+    given = {"rewards": torch.tensor([1.0, 0.0]), "groups": torch.zeros(2, dtype=torch.int64)}
+    if not host_side:  # rewards become advantages on the host, where they were made
+        given = {"advantages": torch.ones(2, device=gpu)}
+    if options.get("beta"):
+        given["reference_logprobs"] = torch.zeros(T, device=gpu)
+    loss, metrics = policy_loss(
+        hidden,
+        lm_head,
+        torch.zeros(T, dtype=torch.int64, device=gpu),
+        response_index=index,
+        mask=(torch.arange(T) != 2).to(side),
+        behavior_logprobs=torch.zeros(T, device=gpu),
+        norm=6.0,
+        ratio_level=level,
+        **given,
+        **options,
+    )
+    loss.backward()
+    assert hidden.grad.shape == (T, H) and lm_head.grad.shape == (V, H) and metrics.logprobs.shape == (T,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_token_logprob(gpu, dtype):
+    hidden, lm_head = head(gpu, dtype)
+    target = torch.zeros(T, dtype=torch.int64, device=gpu)
+    logprob, entropy = token_logprob(hidden, lm_head, target, return_entropy=True, softcap=5.0)
+    (logprob.sum() + entropy.sum()).backward()
+    assert logprob.shape == (T,) and hidden.grad.shape == (T, H) and lm_head.grad.dtype == dtype
