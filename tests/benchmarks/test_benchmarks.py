@@ -159,7 +159,7 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
     ("arguments", "state", "message"),
     [
         (["run"], ("a" * 40, True), "error: the working tree differs from its commit"),
-        (["run", "--rounds", "0"], ("a" * 40, False), "error: --rounds 0: expected 1 or more; 30 is usual"),
+        (["run", "--rounds", "0"], ("a" * 40, False), "error: --rounds 0: expected 1 or more; 9 is usual"),
         (["run", "--case", "nobody"], ("a" * 40, False), "error: --case nobody: no such case; `python -m benchmarks"),
         (
             ["run", "nobody"],
