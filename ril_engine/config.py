@@ -132,7 +132,14 @@ class RLConfig(Section):
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: Positive = 1.0
-    micro_batch_size: Count = Field(64, description="responses per forward and rank")
+    packing: Literal["shared", "packed", "padded"] = Field(
+        "shared",
+        description="shared: responses are packed, with their question (for D its instruction) once for all of them; "
+        "packed: each with its own; padded: a row for each response, for families that cannot read packs",
+    )
+    micro_batch_tokens: Count = Field(
+        8192, description="tokens per forward and rank, padding included; a longer sequence gets a forward of its own"
+    )
     train_vision_tower: bool = False
     save_every: int = Field(50, ge=0, description="steps between checkpoints, of which the last is kept; 0: none")
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")

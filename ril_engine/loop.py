@@ -1,6 +1,7 @@
 """Algorithm 2 of RIL (arXiv 2510.19307): one step, phase by phase.
 
-N = responses of a step on this rank: its questions x G of the student (+ G of the teachers).
+N = responses of a step over all ranks: its questions x G of the student (+ G of the teachers). A rank samples those to
+its own questions, then knows all of them, and trains D and the student on a share that costs as much as any other.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import torch.distributed as dist
 from ril_engine import stages
 from ril_engine.config import Config
 from ril_engine.engine import Engine
+from ril_engine.families import attend_over_packs, language_model, use_liger
 from ril_engine.models import Encoder, generate, load, uniforms
-from ril_engine.policy import Policy, encode_for_discriminator
+from ril_engine.packing import micro_batches
+from ril_engine.policy import Policy, discriminator_batch, encode_for_discriminator, shared_tokens
 from ril_engine.rewards import answer_reward
 from ril_engine.runlog import PhaseTimer
 from ril_kernels import discriminator_loss, group_advantages, similarity_reward
@@ -36,6 +39,7 @@ class Loop:
         model, processor = load(start)
         if not rl.train_vision_tower:
             model.model.get_submodule(_vision_name(model)).requires_grad_(False)
+        self._adapt(model)
         self.policy = Policy(model)
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
@@ -54,6 +58,7 @@ class Loop:
 
             module, self.d_tokenizer = stages.new_discriminator(start)
             module.load_state_dict(load_file(d_path / "discriminator.safetensors"))
+            self._adapt(module.language_model)
             settings = config.discriminator
             names = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
             self.discriminator = Engine(
@@ -64,11 +69,19 @@ class Loop:
             )
             self.engines["discriminator"] = self.discriminator
 
+    def _adapt(self, model) -> None:
+        if self.config.rl.packing != "padded":
+            attend_over_packs(language_model(model))
+        if torch.cuda.is_available():
+            use_liger(model)
+
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
         config, group = self.config, self.config.rl.group_size
+        slots = range(self.rank, self.world * len(questions), self.world)
         if config.rl.algorithm == "sft":
-            return [each for slot, (i, row) in enumerate(questions) for each in self._teachers(step, slot, i, row)]
+            pairs = zip(slots, questions, strict=True)
+            return [each for slot, (i, row) in pairs for each in self._teachers(step, slot, i, row)]
         keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
         self.policy.eval()
         drawn = generate(
@@ -80,8 +93,8 @@ class Loop:
             batch_size=config.sampling.batch_size,
         )
         responses = []
-        for slot, (number, row) in enumerate(questions):
-            for ids, truncated in drawn[slot * group : (slot + 1) * group]:
+        for place, (slot, (number, row)) in enumerate(zip(slots, questions, strict=True)):
+            for ids, truncated in drawn[place * group : (place + 1) * group]:
                 text = self.encoder.decode(ids)
                 reward = 0.0 if truncated else answer_reward(text, row["answer"])
                 ids = ids or self.encoder.eos_ids[:1]
@@ -108,24 +121,43 @@ class Loop:
                 chosen.append({"slot": slot, "row": row, "ids": ids or self.encoder.eos_ids[:1], **record})
         return chosen
 
-    def update_discriminator(self, responses: list[dict]) -> dict[str, float]:
-        """mu updates on the 2G responses of each question: student = 1, teacher = 0."""
-        instruction = self.config.discriminator.instruction
-        inputs = encode_for_discriminator(self.d_tokenizer, instruction, [each["text"] for each in responses])
+    def _micro_batches(self, keys: list[int], prefix: list[int], own: list[int]) -> list[list[int]]:
+        """The responses of this rank's micro-batches, of which every rank has as many."""
+        rl = self.config.rl
+        planned = micro_batches(rl.packing, keys, prefix, own, budget=rl.micro_batch_tokens, ranks=self.world)
+        return planned[self.rank]
+
+    def update_discriminator(self, responses: list[dict]) -> dict[str, Metric]:
+        """mu updates on the 2G responses of each question, student = 1, teacher = 0; then scores them."""
+        tokenizer, packing = self.d_tokenizer, self.config.rl.packing
+        texts = [each["text"] for each in responses]
+        rows = encode_for_discriminator(tokenizer, self.config.discriminator.instruction, texts)
+        shared = shared_tokens(rows)
         labels = torch.tensor([each["source"] == "student" for each in responses])
+        batches = []
+        for part in self._micro_batches([0] * len(rows), [shared] * len(rows), [len(row) - shared for row in rows]):
+            some = part or [0]  # where responses are too few for all ranks, one comes twice and does not count
+            inputs = discriminator_batch([rows[i] for i in some], tokenizer.pad_token_id, packing, shared)
+            batches.append((part, labels[some], inputs))
         self.discriminator.module.train()
         for update in range(self.config.rl.updates_per_step):
-            logits = self.discriminator(**inputs)
-            loss = discriminator_loss(logits, labels, norm=len(responses) * self.world)
-            self.discriminator.backward(loss, last=True)
+            total, right = 0.0, 0
+            for number, (part, own_labels, inputs) in enumerate(batches, 1):
+                logits = self.discriminator(*inputs)
+                loss = discriminator_loss(logits, own_labels, norm=len(rows)) * bool(part)
+                self.discriminator.backward(loss, last=number == len(batches))
+                total += float(loss.detach())
+                right += int(((logits > 0) == own_labels)[: len(part)].sum())
             norms = self.discriminator.step()
             if update == 0:
-                accuracy = ((logits > 0) == labels).double().mean()
-                first = {"loss/discriminator": float(loss.detach()) * self.world}
-                first["discriminator/accuracy"] = float(accuracy)
+                count = sum(len(part) for part, *_ in batches)
+                first = {"loss/discriminator": total * self.world, "discriminator/accuracy": (float(right), count)}
         self.discriminator.module.eval()
+        scored = []
         with torch.no_grad():
-            logits = self.discriminator.module(**inputs)
+            for part, _, inputs in batches:
+                scored += zip(part, self.discriminator.module(*inputs).tolist(), strict=False)
+        logits = torch.tensor([logit for _, logit in sorted(_of_all_ranks(scored))])
         for each, reward, score in zip(
             responses, similarity_reward(logits).tolist(), logits.sigmoid().tolist(), strict=True
         ):
@@ -143,23 +175,23 @@ class Loop:
 
     def update_policy(self, responses: list[dict], advantages: torch.Tensor, timer: PhaseTimer) -> dict[str, Metric]:
         """mu updates of the student. With mu > 1 the first pass's own log-probs are the behaviour policy's."""
-        rl, size = self.config.rl, self.config.rl.micro_batch_size
-        per_question = len(responses) // max(1, rl.questions_per_step // self.world)
-        count, limit = per_question * rl.questions_per_step, self.config.sampling.max_new_tokens
+        rl, count, limit = self.config.rl, len(responses), self.config.sampling.max_new_tokens
         on_student = rl.kl_on == "student"
         kl_count = rl.group_size * rl.questions_per_step if on_student else count
         per_token = 1 if rl.algorithm == "grpo" else limit
         norm = rl.policy_denominator or count * per_token
         kl_norm = rl.kl_denominator or kl_count * per_token
-        parts = [range(i, min(i + size, len(responses))) for i in range(0, len(responses), size)]
+        slots, lengths = [each["slot"] for each in responses], [len(each["ids"]) for each in responses]
+        prompts = [self.encoder.prompt(each["row"])["input_ids"].shape[1] for each in responses]
         prepared = []
-        for part in parts:
-            some = [responses[i] for i in part]
-            batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some])
-            settings = {"advantages": advantages[part.start : part.stop], "norm": norm, "beta": self.beta}
+        for part in self._micro_batches(slots, prompts, lengths):
+            index = part or [0]  # where responses are too few for all ranks, one comes twice and does not count
+            some = [responses[i] for i in index]
+            batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some], rl.packing)
+            settings = {"advantages": advantages[index], "norm": norm, "beta": self.beta}
             settings |= {"clip_low": rl.clip_low, "clip_high": rl.clip_high}
             settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
-            keep = torch.tensor([not (rl.mask_truncated and each["truncated"]) for each in some])
+            keep = torch.tensor([bool(part) and not (rl.mask_truncated and each["truncated"]) for each in some])
             settings["mask"] = keep[batch.response_index]
             if self.reference is not None:
                 own = torch.tensor([not on_student or each["source"] == "student" for each in some])
@@ -199,9 +231,9 @@ class Loop:
     def step(
         self, step: int, questions: list[tuple[int, dict]], timer: PhaseTimer
     ) -> tuple[dict[str, Metric], list[dict]]:
-        """One step of Algorithm 2 on this rank's questions: sample, update D, score, update the student."""
+        """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
         with timer.phase("rollout"):
-            responses = self.rollout(step, questions)
+            responses = sorted(_of_all_ranks(self.rollout(step, questions)), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.discriminator is not None:
             with timer.phase("discriminator"):
@@ -212,6 +244,12 @@ class Loop:
         with timer.phase("policy"):
             metrics |= self.update_policy(responses, advantages, timer)
         return metrics | _describe(responses, advantages), responses
+
+
+def _of_all_ranks(values: list) -> list:
+    gathered: list = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, values)
+    return [each for part in gathered for each in part]
 
 
 def _vision_name(model) -> str:

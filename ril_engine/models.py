@@ -1,4 +1,4 @@
-"""Checkpoints by the Auto classes, and the padded batches their forward wants.
+"""Checkpoints by the Auto classes, and the batches their forward wants: padded, or packs.
 
 B sequences, S padded length, T packed response tokens, N responses.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -14,17 +15,17 @@ from torch import Tensor
 
 from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
+from ril_engine.packing import TOKEN_KEYS, pack
 
 CACHED_PROMPTS = 4096
-TOKEN_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids")  # (1, S); everything else is per picture
 
 
 @dataclass
 class Batch:
-    """Padded sequences and, for each response token, the row of the flat hidden states that predicts it."""
+    """A forward's inputs and, for each response token, the row of the flat hidden states that predicts it."""
 
     inputs: dict[str, Tensor]
-    row: Tensor  # (T,) int64 into B * S
+    row: Tensor  # (T,) int64 into B * S; where responses share a prompt its last row predicts each one's first token
     target: Tensor  # (T,) int64
     response_index: Tensor  # (T,) int64 in [0, N)
 
@@ -77,6 +78,7 @@ class Encoder:
 
     def __init__(self, model, processor, folder: Path, max_pixels: int):
         self.processor, self.tokenizer = processor, processor.tokenizer
+        self.rope_index = getattr(model.base_model, "get_rope_index", None)
         self.folder, self.max_pixels = Path(folder), max_pixels
         eos = model.generation_config.eos_token_id
         self.eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
@@ -125,13 +127,29 @@ class Encoder:
         encoded = [self.prompt(question) for question in questions]
         return _pad([(each, []) for each in encoded], self.pad_id, left=True)
 
-    def batch(self, questions: list[dict], responses: list[list[int]]) -> Batch:
-        """Each question followed by its response, right-padded. The shift by one token happens here, only here."""
-        encoded = [self.prompt(question) for question in questions]
-        inputs = _pad(list(zip(encoded, responses, strict=True)), self.pad_id, left=False)
-        length = inputs["input_ids"].shape[1]
-        first = [i * length + each["input_ids"].shape[1] - 1 for i, each in enumerate(encoded)]
-        rows = [torch.arange(start, start + len(ids)) for start, ids in zip(first, responses, strict=True)]
+    def batch(self, questions: list[dict], responses: list[list[int]], packing: str = "padded") -> Batch:
+        """Each question followed by its response. The shift by one token happens here, only here.
+
+        Args:
+            packing: "padded": right-padded rows; "packed": one pack, each response with its question; "shared": one
+                pack, in which responses side by side share their question if it is the same.
+        """
+        if packing == "padded":
+            encoded = [self.prompt(question) for question in questions]
+            inputs = _pad(list(zip(encoded, responses, strict=True)), self.pad_id, left=False)
+            length = inputs["input_ids"].shape[1]
+            first = [i * length + each["input_ids"].shape[1] - 1 for i, each in enumerate(encoded)]
+            rows = [torch.arange(start, start + len(ids)) for start, ids in zip(first, responses, strict=True)]
+        else:
+            # The last token of a response predicts nothing.
+            pairs = [(q, ids[:-1]) for q, ids in zip(questions, responses, strict=True)]
+            if packing == "shared":
+                sides = [list(some) for _, some in groupby(pairs, key=lambda pair: pair[0])]
+            else:
+                sides = [[pair] for pair in pairs]
+            groups = [(self.prompt(some[0][0]), [ids for _, ids in some]) for some in sides]
+            inputs, spans = pack(groups, self.rope_index)
+            rows = [torch.tensor([last, *range(start, start + count)]) for last, start, count in spans]
         counts = torch.tensor([len(ids) for ids in responses])
         return Batch(
             inputs=inputs,

@@ -17,8 +17,9 @@ from ril_engine import __version__, digits, tiny_models
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
+from ril_engine.families import language_model
 from ril_engine.models import Encoder, generate, load, uniforms
-from ril_engine.policy import Discriminator, Policy, encode_for_discriminator
+from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
 from ril_engine.rewards import answer_reward
 from ril_engine.runlog import progress
 from ril_kernels import discriminator_loss
@@ -33,7 +34,7 @@ def is_main() -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that stage output depends on: another version of it builds its own."""
-    names = ("digits", "engine", "models", "policy", "rewards", "stages", "tiny_models")
+    names = ("digits", "engine", "families", "models", "packing", "policy", "rewards", "stages", "tiny_models")
     return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
 
 
@@ -252,8 +253,7 @@ def responses(config: Config, source: str, which: ModelConfig, model_key: str, d
 def new_discriminator(student: ModelConfig):
     """D as it starts: the SFT student's language model and a zero score head; and the student's tokenizer."""
     model, processor = load(student)
-    language_model = model.model.language_model
-    return Discriminator(language_model, language_model.config.hidden_size), processor.tokenizer
+    return Discriminator(language_model(model)), processor.tokenizer
 
 
 def discriminator(config: Config, student_path: str, saved: dict[str, Path], key: str) -> Path:
@@ -283,6 +283,10 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
         module, tokenizer = new_discriminator(config.student.model_copy(update={"path": student_path}))
         engine = Engine(module.train(), config=config.deepspeed, **_rates(settings))
         rank, world, instruction = dist.get_rank(), dist.get_world_size(), config.discriminator.instruction
+
+        def inputs(some: list[str]):
+            return discriminator_batch(encode_for_discriminator(tokenizer, instruction, some), tokenizer.pad_token_id)
+
         with progress(settings.steps, "D pre-training", enabled=is_main()) as advance:
             for step in range(settings.steps):
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
@@ -295,7 +299,7 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
                 size = settings.micro_batch_size
                 for start in range(0, len(batch), size):
                     some, labels = zip(*batch[start : start + size], strict=True)
-                    logits = engine(**encode_for_discriminator(tokenizer, instruction, list(some)))
+                    logits = engine(*inputs(list(some)))
                     loss = discriminator_loss(logits, torch.tensor(labels), norm=2 * half)
                     engine.backward(loss, last=start + size >= len(batch))
                 engine.step()
@@ -306,7 +310,7 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
             with torch.no_grad():
                 for student in (True, False):
                     some = held[student][:200]
-                    logits = module(**encode_for_discriminator(tokenizer, instruction, some))
+                    logits = module(*inputs(some))
                     right += ((logits > 0) == student).tolist()
             metrics = {"held_out_accuracy": sum(right) / len(right), "held_out_responses": len(right)}
             (out / "metrics.json").write_text(json.dumps(metrics))

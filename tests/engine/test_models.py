@@ -8,8 +8,9 @@ import torch
 from ril_engine import digits, tiny_models
 from ril_engine.config import DigitsConfig, ModelConfig, SamplingConfig
 from ril_engine.errors import UserError
+from ril_engine.families import language_model
 from ril_engine.models import Encoder, generate, load, uniforms
-from ril_engine.policy import Discriminator, Policy, encode_for_discriminator
+from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
 from ril_engine.rewards import answer_reward
 
 
@@ -91,13 +92,16 @@ def test_a_placeholder_is_never_sampled_nor_kept(family, task):
 
 def test_discriminator_ignores_its_padding_and_special_tokens(family):
     model, encoder = family
-    language_model = model.model.language_model
-    d = Discriminator(language_model, language_model.config.hidden_size).eval()
+    d = Discriminator(language_model(model)).eval()
     torch.nn.init.normal_(d.score.weight)
-    encode = lambda texts: encode_for_discriminator(encoder.tokenizer, "Who?", texts)  # noqa: E731
+
+    def score(*texts):
+        rows = encode_for_discriminator(encoder.tokenizer, "Who?", texts)
+        return d(*discriminator_batch(rows, encoder.pad_id))
+
     with torch.no_grad():
-        together = d(**encode(["7", "I see 7 and 8. The answer is 56."]))
-        torch.testing.assert_close(together[:1], d(**encode([" 7<|im_end|>"])), atol=2e-5, rtol=0)
+        together = score("7", "I see 7 and 8. The answer is 56.")
+        torch.testing.assert_close(together[:1], score(" 7<|im_end|>"), atol=2e-5, rtol=0)
     assert abs(float(together[0] - together[1])) > 1e-3
 
 
