@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 
 from torch import Tensor, nn
 
@@ -87,13 +89,23 @@ def only_rows(norm: nn.Module, row: Tensor) -> Iterator[None]:
         hook.remove()
 
 
-def use_liger(model) -> None:
-    """Liger's kernels for norms, rotary embedding and MLP, as far as it has them for this family; a GPU is needed.
+def use_liger(decoder) -> None:
+    """Liger's kernels for norms, MLP and rotary embedding in a language model of a packed family, in place; they need a
+    GPU. The rotary embedding is a function of the family's modeling file, so it changes for every model of the family.
 
-    Its fused losses stay off: they would replace the forward, and the loss is ours.
+    Liger's own patches for Qwen2-VL and Qwen2.5-VL import what transformers 5.23 no longer has, and bring a loss.
     """
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+    from liger_kernel.transformers import LigerRMSNorm, LigerSwiGLUMLP, liger_rotary_pos_emb
 
-    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
-    if apply is not None:
-        apply(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
+    norms, mlps = [decoder.norm], []
+    for layer in decoder.layers:
+        heads = [getattr(layer.self_attn, name, None) for name in ("q_norm", "k_norm")]
+        norms += [layer.input_layernorm, layer.post_attention_layernorm, *(each for each in heads if each is not None)]
+        mlps.append(layer.mlp)
+    for norm in norms:
+        # Not in place: the gradient that its backward would overwrite may be the fused loss's own buffer.
+        norm.offset, norm.casting_mode, norm.in_place, norm.row_mode = 0.0, "llama", False, None
+        norm.forward = MethodType(LigerRMSNorm.forward, norm)
+    for mlp in mlps:
+        mlp.forward = MethodType(LigerSwiGLUMLP.forward, mlp)
+    sys.modules[type(decoder).__module__].apply_rotary_pos_emb = liger_rotary_pos_emb

@@ -72,8 +72,8 @@ class Loop:
     def _adapt(self, model) -> None:
         if self.config.rl.packing != "padded":
             attend_over_packs(language_model(model))
-        if torch.cuda.is_available():
-            use_liger(model)
+            if torch.cuda.is_available():
+                use_liger(language_model(model))
 
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""

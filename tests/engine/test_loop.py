@@ -71,6 +71,56 @@ def test_the_policy_gradient_does_not_depend_on_packing_or_micro_batches(job):
     assert max(gradient.abs().max() for gradient in gradients[0].values()) > 1e-4
 
 
+def test_a_rank_without_a_response_adds_nothing(job):
+    make, questions = job
+    loop = make(updates_per_step=1)
+    responses = loop.rollout(0, questions)
+    advantages = torch.linspace(-1, 1, len(responses))
+    planned, kept = loop._micro_batches, {}
+    gradients = []
+    for empty in ([], [[]]):
+        loop._micro_batches = lambda *sizes, empty=empty: planned(*sizes) + empty
+        for engine in loop.engines.values():
+            engine.module.zero_grad()
+
+        def keep(engine, name):
+            kept[name] = {n: p.grad.clone() for n, p in engine.module.named_parameters() if p.grad is not None}
+            return {"grad_norm": 0.0, "learning_rate": 0.0}
+
+        for name, engine in loop.engines.items():
+            engine.step = lambda engine=engine, name=name: keep(engine, name)
+        copies = [dict(each) for each in responses]
+        metrics = loop.update_discriminator(copies) | loop.update_policy(copies, advantages, PhaseTimer())
+        gradients.append((metrics, dict(kept), [each["score"] for each in copies]))
+    assert gradients[0][0] == gradients[1][0] and gradients[0][2] == gradients[1][2]
+    for name in loop.engines:
+        assert max(gradient.abs().max() for gradient in gradients[0][1][name].values()) > 1e-4
+        for parameter, gradient in gradients[0][1][name].items():
+            torch.testing.assert_close(gradients[1][1][name][parameter], gradient, atol=0, rtol=0)
+
+
+def test_packings_give_the_same_curves(job):
+    """The same roll-outs, 20 steps of D and student from the same weights."""
+    make, questions = job
+    settings = {"steps": 20, "micro_batch_tokens": 700}
+    first = make(**settings)
+    recorded = [first.rollout(step, questions[step % 2 :][:2]) for step in range(20)]
+    curves = {}
+    for packing in ("padded", "packed", "shared"):
+        loop = make(packing=packing, **settings)
+        for rollout in recorded:
+            responses = [dict(each) for each in rollout]
+            metrics = loop.update_discriminator(responses)
+            advantages = loop.advantages(responses)
+            metrics |= loop.update_policy(responses, advantages, PhaseTimer())
+            names = ("loss/policy", "loss/discriminator", "grad_norm/student", "grad_norm/discriminator")
+            curves.setdefault(packing, []).append([metrics[name] for name in names] + [metrics["kl"][0]])
+    padded, packed, shared = (torch.tensor(curves[name], dtype=torch.float64) for name in curves)
+    assert padded.std(0).min() > 1e-4  # all of them move
+    for other in (packed, shared):
+        torch.testing.assert_close(other, padded, rtol=1e-4, atol=1e-8)
+
+
 def test_d_learns_that_the_student_is_1_and_pays_for_teacher_text(job):
     make, questions = job
     loop = make()
