@@ -32,22 +32,18 @@ def language_model(model) -> nn.Module:
     return decoder
 
 
-def attend_over_packs(decoder) -> None:
-    """Make a language model, and nothing around it, read packs. Without a pack its attention is torch's, as before.
+def require_packable(config) -> None:
+    """Refuse a language model, by its config, whose layers cannot read packs.
 
     Raises:
-        UserError: its family cannot.
+        UserError: not all of its layers have full attention, or its family is not one of PACKED.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    config = decoder.config
     other = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"})
     found = None
     if other:
         found = f"{' and '.join(other)} layers"
     elif config.model_type not in PACKED:
-        found = "a family that packs were never tried with"
+        found = "layers that packs were never tried with"
     elif config.attention_dropout:
         found = f"attention_dropout {config.attention_dropout}"
     if found:
@@ -55,6 +51,14 @@ def attend_over_packs(decoder) -> None:
             f"rl.packing: {config.model_type} has {found}, expected full attention without dropout in one of "
             f"{', '.join(PACKED)}; set rl.packing: padded"
         )
+
+
+def attend_over_packs(decoder) -> None:
+    """Make a language model, and nothing around it, read packs. Without a pack its attention is torch's, as before."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    require_packable(decoder.config)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)
     decoder.set_attn_implementation(ATTENTION)

@@ -78,10 +78,10 @@ class Loop:
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
         config, group = self.config, self.config.rl.group_size
-        slots = range(self.rank, self.world * len(questions), self.world)
+        slots = range(self.rank, self.world * len(questions), self.world)  # places among the step's questions
         if config.rl.algorithm == "sft":
-            pairs = zip(slots, questions, strict=True)
-            return [each for slot, (i, row) in pairs for each in self._teachers(step, slot, i, row)]
+            chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
+            return [each for some in chosen for each in some]
         keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
         self.policy.eval()
         drawn = generate(
@@ -122,7 +122,8 @@ class Loop:
         return chosen
 
     def _micro_batches(self, keys: list[int], prefix: list[int], own: list[int]) -> list[list[int]]:
-        """The responses of this rank's micro-batches, of which every rank has as many."""
+        """The responses of this rank's micro-batches, of which every rank has as many. One without any (they are too
+        few for all ranks) is computed on the first response, which does not count there."""
         rl = self.config.rl
         planned = micro_batches(rl.packing, keys, prefix, own, budget=rl.micro_batch_tokens, ranks=self.world)
         return planned[self.rank]
@@ -136,7 +137,7 @@ class Loop:
         labels = torch.tensor([each["source"] == "student" for each in responses])
         batches = []
         for part in self._micro_batches([0] * len(rows), [shared] * len(rows), [len(row) - shared for row in rows]):
-            some = part or [0]  # where responses are too few for all ranks, one comes twice and does not count
+            some = part or [0]
             inputs = discriminator_batch([rows[i] for i in some], tokenizer.pad_token_id, packing, shared)
             batches.append((part, labels[some], inputs))
         self.discriminator.module.train()
@@ -158,9 +159,8 @@ class Loop:
             for part, _, inputs in batches:
                 scored += zip(part, self.discriminator.module(*inputs).tolist(), strict=False)
         logits = torch.tensor([logit for _, logit in sorted(_of_all_ranks(scored))])
-        for each, reward, score in zip(
-            responses, similarity_reward(logits).tolist(), logits.sigmoid().tolist(), strict=True
-        ):
+        rewards, scores = similarity_reward(logits).tolist(), logits.sigmoid().tolist()
+        for each, reward, score in zip(responses, rewards, scores, strict=True):
             each["similarity_reward"], each["score"] = reward, score
         return {**first, "grad_norm/discriminator": norms["grad_norm"]}
 
@@ -185,7 +185,7 @@ class Loop:
         prompts = [self.encoder.prompt(each["row"])["input_ids"].shape[1] for each in responses]
         prepared = []
         for part in self._micro_batches(slots, prompts, lengths):
-            index = part or [0]  # where responses are too few for all ranks, one comes twice and does not count
+            index = part or [0]
             some = [responses[i] for i in index]
             batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some], rl.packing)
             settings = {"advantages": advantages[index], "norm": norm, "beta": self.beta}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
+from ril_engine.families import require_packable
 from ril_engine.packing import TOKEN_KEYS, pack
 
 CACHED_PROMPTS = 4096
@@ -51,6 +52,20 @@ def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
             "name such as Qwen/Qwen2.5-VL-3B-Instruct"
         ) from error
     return model, processor
+
+
+def require_packable_student(config: ModelConfig) -> None:
+    """Before anything slow: what `load` cannot load is left for it to refuse, and "tiny:" models are packable."""
+    from transformers import AutoConfig
+
+    if config.path.startswith("tiny:"):
+        return
+    try:
+        found = AutoConfig.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError):
+        return
+    if hasattr(found, "text_config"):
+        require_packable(found.text_config)
 
 
 def read_image(folder: Path, name: str, max_pixels: int):

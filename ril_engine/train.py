@@ -23,6 +23,7 @@ from ril_engine.engine import init_distributed
 from ril_engine.errors import UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
 from ril_engine.loop import Loop, average, scheduled
+from ril_engine.models import require_packable_student
 from ril_engine.report import write_report
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 
@@ -50,6 +51,8 @@ def train(config: Config, resume: Path | None = None) -> dict:
     began, rank, world, rl = time.time(), dist.get_rank(), dist.get_world_size(), config.rl
     if rl.questions_per_step % world:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
+    if rl.packing != "padded":
+        require_packable_student(config.student)
     data_dir, student_path, saved, d_path = prepare(config)
     rows = stages.read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
     rows = rows[: config.responses.questions or None]  # for every algorithm, so that runs compare

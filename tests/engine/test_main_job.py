@@ -206,6 +206,10 @@ def test_bad_data_is_one_line_and_a_failure(finished, ril, tmp_path, rows, messa
             "error: model .*: not loadable as an image-text-to-text checkpoint",
         ),
         (
+            "rl: {algorithm: dr_grpo}\nsft: {steps: 0}\nstudent: {path: HYBRID}\ndata: {dir: DATA}",
+            "error: rl.packing: qwen3_5_text has linear_attention layers, expected .*; set rl.packing: padded",
+        ),
+        (
             "rl: {algorithm: dr_grpo}\nstudent: {path: 'tiny:nobody'}\nwork_dir: WORK\n"
             "data: {digits: {train_questions: 1, validation_questions: 1, test_questions: 1, sft_questions: 1}}",
             "error: model 'tiny:nobody': no such tiny model",
@@ -219,7 +223,10 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
             (tmp_path / f"{name}.jsonl").write_text(json.dumps(QUESTION))
         (tmp_path / "gpt").mkdir()
         (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
-        for name, path in (("WORK", tmp_path / "runs"), ("GPT", tmp_path / "gpt"), ("DATA", tmp_path)):
+        (tmp_path / "hybrid").mkdir()
+        (tmp_path / "hybrid" / "config.json").write_text('{"model_type": "qwen3_5"}')
+        folders = {"WORK": "runs", "GPT": "gpt", "HYBRID": "hybrid", "DATA": ""}
+        for name, path in ((name, tmp_path / folder) for name, folder in folders.items()):
             text = text.replace(name, str(path))
         config.write_text(text)
     done = subprocess.run(

@@ -267,7 +267,7 @@ def test_what_is_not_a_pack_is_read_as_before(family):
     [
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, "qwen2 has sliding_attention layers"),
         ("qwen3_next", {"num_experts": 2}, "qwen3_next has linear_attention layers"),
-        ("mistral", {"sliding_window": None}, "mistral has a family that packs were never tried with"),
+        ("mistral", {"sliding_window": None}, "mistral has layers that packs were never tried with"),
         ("llama", {"attention_dropout": 0.1}, r"llama has attention_dropout 0\.1"),
     ],
 )
