@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from test_fused import exact, logprob_results, loss_results
+from test_group_advantages import KINDS, ragged
 from triton.runtime.interpreter import InterpreterBuilder
 
+from ril_kernels.policy_loss import triton as advantages
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
+from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.policy_loss.reference import make_inputs as loss_inputs
 from ril_kernels.token_logprob.reference import CASES, make_inputs
 
@@ -19,6 +22,7 @@ kernels = importlib.import_module("ril_kernels.token_logprob.triton")
 @pytest.fixture(autouse=True, params=[16, 64, 8192], ids=lambda block: f"block {block}")
 def block(request, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", request.param)
+    monkeypatch.setattr(advantages, "COLUMNS", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16: see test_bfloat16
@@ -106,3 +110,40 @@ def test_traffic(monkeypatch):
     count.update(read=0)
     kernels.logits_grad(logits, target, temperature, 0.0, lse, entropy, *grads)
     assert count == {"read": (live - 1) * (num_vocab + padding), "write": 6 * (num_vocab + padding)}
+
+
+@KINDS
+@pytest.mark.parametrize(("num_responses", "num_groups"), [(2, 1), (3, 1), (7, 2), (101, 17), (257, 3)])
+def test_group_advantages(num_responses, num_groups, kind, monkeypatch, assert_accurate):
+    rewards, groups = ragged(num_responses, num_groups)
+    poisoned = torch.full((num_responses + 2,), torch.nan)  # a guard on both sides
+    monkeypatch.setattr(torch, "empty_like", lambda like: poisoned[1:-1])
+    actual = advantages.group_advantages(rewards, groups, kind)
+    assert poisoned[0].isnan() and poisoned[-1].isnan()
+    peer = group_advantages_reference(rewards, groups, kind)
+    assert_accurate(actual, group_advantages_reference(rewards.double(), groups, kind), peer)
+
+
+@KINDS
+def test_group_advantages_of_values_that_only_a_cpu_refuses(kind):
+    # Ids below 0 are ids. NaN stays in its group. A lone response has no baseline.
+    rewards = torch.tensor([1.0, torch.nan, 0.0, 2.0, 5.0])
+    groups = torch.tensor([0, 7, 0, 7, -1])
+    actual = advantages.group_advantages(rewards, groups, kind)
+    torch.testing.assert_close(actual, group_advantages_reference(rewards, groups, kind), equal_nan=True)
+    assert actual[[1, 3]].isnan().all() and actual[[0, 2]].isfinite().all()
+    assert actual[4] == 0 if kind == "dr_grpo" else actual[4].isnan()
+
+
+@KINDS
+def test_group_advantages_of_equal_rewards_are_exact_zeros(kind):
+    # Tokens of advantage 0 are left out of everything: a rounding error in its place would cost three GEMMs.
+    rewards, groups = torch.full((30,), 0.1), torch.arange(30) % 2
+    assert (advantages.group_advantages(rewards, groups, kind) == 0).all()
+
+
+def test_group_advantages_of_strided_inputs():
+    rewards, groups = ragged(101, 17)
+    expected = advantages.group_advantages(rewards, groups, "grpo")
+    strided = rewards.repeat_interleave(2)[::2], groups.repeat_interleave(3)[::3]
+    assert torch.equal(advantages.group_advantages(*strided, "grpo"), expected)
