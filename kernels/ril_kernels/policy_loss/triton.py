@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ril_kernels.policy_loss.reference import GRPO_EPSILON
 
-ROWS = 16
+ROWS = 8
 COLUMNS = 128
 NUM_WARPS = 4
 EPSILON = tl.constexpr(GRPO_EPSILON)
@@ -41,23 +41,24 @@ def group_advantages_kernel(
     inside = own < num_responses
     reward = tl.load(rewards + own, mask=inside, other=0.0).to(tl.float64)
     group = tl.load(groups + own, mask=inside, other=0)
-    count = tl.zeros((ROWS,), tl.float64)
-    total = tl.zeros((ROWS,), tl.float64)
+    counts = tl.zeros((ROWS, COLUMNS), tl.int32)
+    totals = tl.zeros((ROWS, COLUMNS), tl.float64)
     for start in range(0, num_responses, COLUMNS):
         same, theirs = _peers(group, start, rewards, groups, num_responses, COLUMNS)
-        count += tl.sum(same.to(tl.float64), 1)
-        total += tl.sum(tl.where(same, theirs, 0.0), 1)
+        counts += same.to(tl.int32)
+        totals += tl.where(same, theirs, 0.0)
+    count, total = tl.sum(counts, 1).to(tl.float64), tl.sum(totals, 1)
     mean = total / count
     advantage = reward - mean
     if KIND == "rloo":
         advantage = reward - (total - reward) / (count - 1.0)
     if KIND == "grpo":
-        squares = tl.zeros((ROWS,), tl.float64)
+        squares = tl.zeros((ROWS, COLUMNS), tl.float64)
         for start in range(0, num_responses, COLUMNS):
             same, theirs = _peers(group, start, rewards, groups, num_responses, COLUMNS)
             distance = tl.where(same, theirs - mean[:, None], 0.0)
-            squares += tl.sum(distance * distance, 1)
-        advantage = advantage / (tl.sqrt(squares / (count - 1.0)) + EPSILON)
+            squares += distance * distance
+        advantage = advantage / (tl.sqrt(tl.sum(squares, 1) / (count - 1.0)) + EPSILON)
     tl.store(advantages + own, advantage.to(tl.float32), mask=inside)
 
 
