@@ -22,8 +22,9 @@ copy of the bytes that must move), over the candidate's. Peak MiB holds outputs 
 KERNELS = "kernels.jsonl"
 KERNELS_HEAD = """## Triton kernels, compiled and not run
 
-By `python -m benchmarks kernels`, from {kernels} at {commit} with triton {triton}. Each cell is for {targets}. Bits are
-the widest global load and store of a thread; PADDED is what runs, rows of logits having a stride of whole 16 elements.
+By `python -m benchmarks kernels` at {commit}, triton {triton}; each cell is for {targets}.
+Bits are the widest global load and store of a thread. PADDED is what runs: rows of logits with a stride of whole 16
+elements.
 """
 RESOURCES = ("registers", "spill_bytes", "shared_bytes", "instructions", "load_bits", "store_bits")
 
@@ -92,7 +93,7 @@ def _kernel_table(rows: list[dict]) -> str:
         forms.setdefault((row["kernel"], row["dtype"], choices), []).append(row)
     targets = ", ".join(dict.fromkeys(row["target"] for row in rows))
     commit = rows[0]["commit"][:9] + (" + changes" if rows[0]["dirty"] else "")
-    origin = {"kernels": KERNELS, "commit": commit, "triton": rows[0]["versions"]["triton"], "targets": targets}
+    origin = {"commit": commit, "triton": rows[0]["versions"]["triton"], "targets": targets}
     lines = [
         KERNELS_HEAD.format(**origin),
         f"| kernel | dtype | constants | {' | '.join(name.replace('_', ' ') for name in RESOURCES)} |",
