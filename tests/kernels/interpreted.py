@@ -34,9 +34,10 @@ def test_token_logprob(case, dtype, assert_accurate):
         assert_accurate(got, true.double(), usual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", LOSS_CASES)
-def test_policy_loss(case, assert_accurate):
-    inputs = loss_inputs(case)
+def test_policy_loss(case, dtype, assert_accurate):
+    inputs = loss_inputs(case, dtype)
     truth, peer = loss_results(exact(inputs), "reference")[0], loss_results(inputs, "reference")[0]
     for got, true, usual in zip(loss_results(inputs, "triton")[0], truth, peer, strict=True):
         assert_accurate(got, true.double(), usual)
@@ -71,6 +72,28 @@ def test_rows_against_cpp(num_vocab, softcap, padded):
     kernels.logits_grad(logits, target, temperature, softcap, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
     assert (logits[2] == 0).all() and (logits[5] == 0).all()
+
+
+def test_infinities_and_nan_against_cpp():
+    inf = torch.inf
+    logits = torch.full((5, 37), -inf)
+    logits[0, 5] = 2.0  # a certainty
+    logits[1, [3, 36]] = 700.0  # far above what exp can hold
+    logits[2] = -3e38
+    logits[3, :20] = torch.nan
+    logits[4] = torch.nan  # does not count
+    target, grads = torch.tensor([5, 36, 7, 3, -1]), torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0], [0.5] * 5])
+    grads[1, 3] = 0.0  # idle: zeros whatever the row holds
+    ones, copy = torch.ones(5), logits.clone()
+    expected = torch.ops.ril_kernels.logits_stats(copy, target, ones, 0.0)
+    actual = kernels.logits_stats(logits, target, ones, 0.0)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert actual[0][3].isnan() and actual[2][3].isnan() and not actual[0][[0, 1, 2, 4]].isnan().any()
+    torch.ops.ril_kernels.logits_grad(copy, target, ones, 0.0, expected[2], expected[1], *grads)
+    kernels.logits_grad(logits, target, ones, 0.0, actual[2], actual[1], *grads)
+    torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
+    assert (logits[[0, 3, 4]] == 0).all() and (logits[1, [3, 36]] != 0).all()
 
 
 def test_bfloat16():

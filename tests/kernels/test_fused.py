@@ -48,6 +48,41 @@ def test_token_logprob(case, dtype, isa, rows, assert_accurate):
         assert_accurate(got, true.double(), usual)
 
 
+def test_a_wrong_gradient_fails_the_tolerance(assert_accurate):
+    inputs = make_inputs("everything")
+    truth = logprob_results(exact(inputs), "reference")
+    counted = int((inputs["target"] >= 0).nonzero()[0])
+    wrong = [{"temperature": inputs["temperature"] * 1.0001}, {"softcap": 5.001}]
+    wrong += [{"target": inputs["target"].index_fill(0, torch.tensor([counted]), -100)}]  # one row left out
+    for change in wrong:
+        for got, true in list(zip(logprob_results({**inputs, **change}, "cpu"), truth, strict=True))[2:]:
+            with pytest.raises(AssertionError, match="above the allowed"):
+                assert_accurate(got, true.double())
+
+
+@pytest.mark.parametrize("stride", [0, 2])
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["log-prob", "entropy", "both"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_gradients_that_are_not_contiguous(backend, which, stride):
+    inputs = make_inputs("odd")  # every row counts, so that nothing is gathered on the way
+    values = {name: inputs[name].clone().requires_grad_() for name in NAMES}
+    outputs = token_logprob(**{**inputs, **values}, return_entropy=True, backend=backend)
+    num_tokens = len(inputs["target"])
+    line = torch.linspace(-1, 1, 2 * num_tokens)
+    strided = torch.as_strided(line, (num_tokens,), (stride,), 0)
+    assert strided.stride() == (stride,)
+
+    def gradients(of_each: torch.Tensor) -> tuple:
+        return torch.autograd.grad(
+            [outputs[i] for i in which], values.values(), [of_each for _ in which], retain_graph=True
+        )
+
+    expected = gradients(strided.contiguous())
+    assert all(float(gradient.abs().max()) > 1e-3 for gradient in expected)
+    for got, want in zip(gradients(strided), expected, strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_odd_vocabulary(dtype, isa, assert_accurate):
     # Several blocks of the C++ loop with a tail, logits far apart, a soft-cap and a temperature per row.
@@ -97,20 +132,24 @@ def test_every_element_is_written_and_nothing_else(isa):
     torch.testing.assert_close(logits.sum(1), torch.zeros(4), rtol=0, atol=1e-6)
 
 
-def test_opcheck():
-    logits, target, ones = torch.randn(3, 19), torch.tensor([1, -1, 18]), torch.ones(3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stride", [19, 32])
+def test_opcheck(dtype, stride):
+    logits, target, ones = torch.randn(3, stride, dtype=dtype)[:, :19], torch.tensor([1, -1, 18]), torch.ones(3)
     torch.library.opcheck(torch.ops.ril_kernels.logits_stats.default, (logits, target, ones, 4.0))
     arguments = (logits, target, ones, 4.0, ones.double(), ones, ones, ones)
     torch.library.opcheck(torch.ops.ril_kernels.logits_grad.default, arguments)
 
 
-def test_compiles_without_a_graph_break():
-    inputs = make_inputs("odd")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ["odd", "everything"])
+def test_compiles_without_a_graph_break(case, dtype):
+    inputs = make_inputs(case, dtype)
 
     @torch.compile(fullgraph=True, backend="aot_eager")
-    def function(hidden, lm_head, target, bias):
+    def function(**inputs):
         with torch.no_grad():
-            return token_logprob(hidden, lm_head, target, bias=bias, return_entropy=True)
+            return token_logprob(**inputs, return_entropy=True)
 
     expected = token_logprob(**inputs, return_entropy=True)
     torch.testing.assert_close(function(**inputs), expected, rtol=0, atol=0)
@@ -161,6 +200,17 @@ def test_policy_loss(case, settings, rows, assert_accurate):
     for name in metrics._fields:
         if getattr(expected, name) is not None:
             torch.testing.assert_close(getattr(metrics, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"ratio_level": "sequence"}, {"entropy_coef": 0.01}], ids=str)
+@pytest.mark.parametrize("case", LOSS_CASES)
+def test_policy_loss_in_bfloat16(case, settings, isa, assert_accurate):
+    inputs = with_settings(case, torch.bfloat16, settings)
+    truth, _ = loss_results(exact(inputs), "reference")
+    peer, _ = loss_results(inputs, "reference")
+    for got, true, usual in zip(loss_results(inputs, "cpu")[0], truth, peer, strict=True):
+        assert got.dtype == usual.dtype
+        assert_accurate(got, true.double(), usual)
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
