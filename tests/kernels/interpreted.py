@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from test_fused import exact, logprob_results, loss_results
+from test_fused import exact, grad, logprob_results, loss_results, stats
 from test_group_advantages import KINDS, ragged
 from triton.runtime.interpreter import InterpreterBuilder
 
@@ -64,11 +64,11 @@ def test_rows_against_cpp(num_vocab, softcap, padded):
     stride = -(-num_vocab // 16) * 16 if padded else num_vocab
     logits, target, temperature, grads = rows(num_vocab, torch.float32, stride)
     copy = logits.contiguous()
-    expected = torch.ops.ril_kernels.logits_stats(copy, target, temperature, softcap)
+    expected = stats(copy, target, temperature, softcap)
     actual = kernels.logits_stats(logits, target, temperature, softcap)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-    torch.ops.ril_kernels.logits_grad(copy, target, temperature, softcap, expected[2], expected[1], *grads)
+    grad(copy, target, temperature, softcap, expected[2], expected[1], *grads)
     kernels.logits_grad(logits, target, temperature, softcap, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
     assert (logits[2] == 0).all() and (logits[5] == 0).all()
@@ -85,12 +85,12 @@ def test_infinities_and_nan_against_cpp():
     target, grads = torch.tensor([5, 36, 7, 3, -1]), torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0], [0.5] * 5])
     grads[1, 3] = 0.0  # idle: zeros whatever the row holds
     ones, copy = torch.ones(5), logits.clone()
-    expected = torch.ops.ril_kernels.logits_stats(copy, target, ones, 0.0)
+    expected = stats(copy, target, ones, 0.0)
     actual = kernels.logits_stats(logits, target, ones, 0.0)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6, equal_nan=True)
     assert actual[0][3].isnan() and actual[2][3].isnan() and not actual[0][[0, 1, 2, 4]].isnan().any()
-    torch.ops.ril_kernels.logits_grad(copy, target, ones, 0.0, expected[2], expected[1], *grads)
+    grad(copy, target, ones, 0.0, expected[2], expected[1], *grads)
     kernels.logits_grad(logits, target, ones, 0.0, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
     assert (logits[[0, 3, 4]] == 0).all() and (logits[1, [3, 36]] != 0).all()
@@ -100,11 +100,11 @@ def test_bfloat16():
     # The interpreter truncates float32 to bfloat16 where a GPU rounds: one unit in the last place, 2^-7 relative.
     logits, target, temperature, grads = rows(37, torch.bfloat16, 48)
     wide = logits.float().contiguous()
-    expected = torch.ops.ril_kernels.logits_stats(wide, target, temperature, 0.0)
+    expected = stats(wide, target, temperature, 0.0)
     actual = kernels.logits_stats(logits, target, temperature, 0.0)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-    torch.ops.ril_kernels.logits_grad(wide, target, temperature, 0.0, expected[2], expected[1], *grads)
+    grad(wide, target, temperature, 0.0, expected[2], expected[1], *grads)
     kernels.logits_grad(logits, target, temperature, 0.0, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits.float(), wide, rtol=2**-7, atol=1e-38)
 

@@ -14,7 +14,7 @@ from ril_kernels._checks import (
     refuse,
 )
 from ril_kernels.policy_loss.reference import ADVANTAGE_KINDS, group_advantages_reference
-from ril_kernels.token_logprob.chunks import BACKENDS
+from ril_kernels.token_logprob.head import BACKENDS
 
 
 @torch.library.custom_op("ril_kernels::group_advantages", mutates_args=(), device_types="cpu")
