@@ -33,7 +33,8 @@ class NoWaits(TorchDispatchMode):
         return x
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_host = [x for x in given if not x.is_cuda]
@@ -41,7 +42,7 @@ class NoWaits(TorchDispatchMode):
             raise AssertionError(f"{func} copies from the GPU to the host")
         if on_host and any(x.is_cuda for x in made):
             pinned = all(any(x is y for y in self.pinned) for x in on_host)
-            assert pinned and kwargs["non_blocking"], f"{func} copies to the GPU and waits"
+            assert pinned and kwargs.get("non_blocking"), f"{func} copies to the GPU and waits"
         self.sizes += [x.numel() for x in made]
         return result
 
