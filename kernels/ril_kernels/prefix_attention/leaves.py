@@ -84,52 +84,58 @@ def flash_attn_backward(grad_out, query, key, value, out, lse, sequences: Sequen
 def cpu_forward(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float):
     """The kernel under scaled_dot_product_attention on a CPU, once per sequence; float64 too."""
     check_contract(sequences, (query, key, value))
+    num_tokens, num_heads, _ = query.shape
     out = query.new_empty(query.shape)
-    lse = query.new_empty(query.shape[1], query.shape[0], dtype=result_dtype(query.dtype))
-    for queries, keys in _pairs(sequences):
-        heads = _grouped(query[queries], key[keys], value[keys])
-        out_heads, lse_heads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, sequences.causal, scale=scale
+    lse = query.new_empty(num_heads, num_tokens, dtype=result_dtype(query.dtype))
+    grid = _grid(query, key)
+    by_query = [_query_heads(query, grid), _query_heads(out, grid), lse.unflatten(0, grid)]
+    by_key = [_key_heads(x, grid) for x in (key, value)]
+    for q, o, lse_part, k, v in _by_sequence(sequences, by_query, by_key):
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, sequences.causal, scale=scale
         )
-        out[queries] = _ungrouped(out_heads)
-        lse[:, queries] = lse_heads.flatten(0, 1)
+        o.copy_(results[0])
+        lse_part.copy_(results[1])
     return out, lse
 
 
 def cpu_backward(grad_out, query, key, value, out, lse, sequences: Sequences, scale: float):
     check_contract(sequences, (grad_out, query, key, value, out), lse)
-    gradients = tuple(x.new_empty(x.shape) for x in (query, key, value))
-    for queries, keys in _pairs(sequences):
-        query_heads, key_heads, value_heads = _grouped(query[queries], key[keys], value[keys])
-        shape = query_heads.shape[:2]  # (Hkv, Hq / Hkv)
-        grad_heads, out_heads = (x[queries].unflatten(1, shape).permute(1, 2, 0, 3) for x in (grad_out, out))
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_heads, query_heads, key_heads, value_heads, out_heads, lse[:, queries].unflatten(0, shape),
-            0.0, sequences.causal, scale=scale,
-        )  # fmt: skip
-        gradients[0][queries] = _ungrouped(parts[0])
-        for gradient, part in zip(gradients[1:], parts[1:], strict=True):
-            gradient[keys] = part.sum(1).transpose(0, 1)
-    return gradients
+    grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
+    grid = _grid(query, key)
+    by_query = [*(_query_heads(x, grid) for x in (grad_out, query, out, grads[0])), lse.unflatten(0, grid)]
+    by_key = [*(_key_heads(x, grid) for x in (key, value)), *(x.transpose(0, 1).unsqueeze(1) for x in grads[1:])]
+    for grad_o, q, o, grad_q, lse_part, k, v, grad_k, grad_v in _by_sequence(sequences, by_query, by_key):
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_o, q, k, v, o, lse_part, 0.0, sequences.causal, scale=scale
+        )
+        grad_q.copy_(results[0])
+        torch.sum(results[1], 1, keepdim=True, out=grad_k)
+        torch.sum(results[2], 1, keepdim=True, out=grad_v)
+    return grads
 
 
-def _pairs(sequences: Sequences) -> Iterator[tuple[slice, slice]]:
-    """Rows of the queries and of the keys of each sequence."""
-    bounds = [list(map(slice, cu[:-1].tolist(), cu[1:].tolist())) for cu in (sequences.cu_queries, sequences.cu_keys)]
-    return zip(*bounds, strict=True)
+# On a CPU the key heads are the kernel's batch, and the query heads of one key head its heads, for which a stride of 0
+# repeats that key head: a grid of (Hkv, Hq / Hkv). By itself the kernel takes fewer key heads than query heads only
+# since pytorch#157893. All of these are views of (tokens, heads, D), of shape (*grid, tokens, D).
 
 
-def _grouped(query: Tensor, *keys: Tensor) -> tuple[Tensor, ...]:
-    """Views (Hkv, Hq / Hkv, tokens, D) of (tokens, heads, D): the key heads are the kernel's batch and the query heads
-    of one its heads, for which a stride of 0 repeats that key head. The kernel takes fewer key heads than query heads
-    by itself only since pytorch#157893."""
-    num_key_heads = keys[0].shape[1]
-    query = query.unflatten(1, (num_key_heads, -1)).permute(1, 2, 0, 3)
-    return query, *(x.transpose(0, 1).unsqueeze(1).expand(-1, query.shape[1], -1, -1) for x in keys)
+def _grid(query: Tensor, key: Tensor) -> tuple[int, int]:
+    return key.shape[1], query.shape[1] // key.shape[1]
 
 
-def _ungrouped(heads: Tensor) -> Tensor:  # (Hkv, Hq / Hkv, tokens, D) -> (tokens, Hq, D)
-    return heads.flatten(0, 1).transpose(0, 1)
+def _query_heads(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    return x.unflatten(1, grid).permute(1, 2, 0, 3)
+
+
+def _key_heads(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    return x.transpose(0, 1).unsqueeze(1).expand(-1, grid[1], -1, -1)
+
+
+def _by_sequence(sequences: Sequences, by_query: list[Tensor], by_key: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+    """Each sequence's part of every tensor, whose third dimension is tokens."""
+    num_queries, num_keys = (cu.diff().tolist() for cu in (sequences.cu_queries, sequences.cu_keys))
+    return zip(*(x.split(num_queries, 2) for x in by_query), *(x.split(num_keys, 2) for x in by_key), strict=True)
 
 
 LEAVES = {
