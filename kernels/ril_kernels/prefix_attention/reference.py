@@ -31,7 +31,7 @@ def prefix_attention_reference(
 
 # name -> groups of (prefix, responses), Hq, Hkv, D, scale of the scores
 CASES = {
-    "tiny": ([(3, [2, 1])], 2, 1, 4, 1.0),
+    "tiny": ([(3, [2, 1]), (0, [1, 2]), (2, [1])], 4, 2, 3, 1.0),
     "ragged": ([(5, [3, 1, 4]), (0, [2, 1]), (4, []), (1, [1, 1]), (7, [6])], 6, 2, 8, 1.0),
     "no_prefix": ([(0, [3, 1, 2])], 2, 2, 5, 1.0),
     "one_token": ([(1, [1, 1]), (0, [1]), (1, [1])], 4, 2, 8, 1.0),
