@@ -6,13 +6,17 @@ A function's room (the folder of its name) holds every form of it side by side; 
 from ril_kernels.discriminator_head.op import discriminator_head, discriminator_loss, similarity_reward
 from ril_kernels.policy_loss.advantages import group_advantages
 from ril_kernels.policy_loss.op import policy_loss
+from ril_kernels.prefix_attention.layout import PackLayout
+from ril_kernels.prefix_attention.op import prefix_attention
 from ril_kernels.token_logprob.op import token_logprob
 
 __all__ = [
+    "PackLayout",
     "discriminator_head",
     "discriminator_loss",
     "group_advantages",
     "policy_loss",
+    "prefix_attention",
     "similarity_reward",
     "token_logprob",
 ]
