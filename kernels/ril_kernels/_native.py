@@ -21,8 +21,8 @@ _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
 # logits, stride, rows, columns, first column, vocab, target, temperature, softcap, isa
 _TILE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64, _POINTER, _POINTER, _FLOAT, _INT32)
-# ..., sums (rows, 4) f64, tops f32 or null, logprob, entropy (rows,) f32, lse (rows,) f64
-_TILE_STATS = (*_TILE, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)
+# ..., sums (rows, 4) f64, kept, its stride, tops f32 or null, logprob, entropy (rows,) f32, lse (rows,) f64
+_TILE_STATS = (*_TILE, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER)
 # ..., out, its stride, tops f32 or null, lse f64, entropy, grad_logprob, grad_entropy f32 or null (rows,)
 _TILE_GRAD = (*_TILE, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)
 

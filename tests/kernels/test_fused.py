@@ -118,7 +118,16 @@ def stats(logits, target, temperature, softcap=0.0, columns=None, tops=None) -> 
     for i, each in enumerate(columns or [slice(0, num_vocab)]):
         tile = logits[:, each] if columns is None else logits[:, each].contiguous()
         torch.ops.ril_kernels.tile_stats(
-            tile, each.start, num_vocab, target, temperature, softcap, known[0], tops and tops[i], *known[1:]
+            tile,
+            each.start,
+            num_vocab,
+            target,
+            temperature,
+            softcap,
+            known[0],
+            tops and tile,
+            tops and tops[i],
+            *known[1:],
         )
         if tops is not None:
             logits[:, each] = tile
@@ -199,7 +208,8 @@ def test_opcheck(dtype, stride):
     sums, lse, tops = torch.zeros(3, 4, dtype=torch.float64), ones.double(), torch.ones(3, 1)
     keeps = dtype == torch.float32
     options = (target, ones, 0.0 if keeps else 4.0)
-    arguments = (logits, 0, 19, *options, sums, tops if keeps else None, ones.clone(), ones.clone(), lse.clone())
+    kept = (torch.empty_like(logits), tops) if keeps else (None, None)
+    arguments = (logits, 0, 19, *options, sums, *kept, ones.clone(), ones.clone(), lse.clone())
     torch.library.opcheck(torch.ops.ril_kernels.tile_stats.default, arguments)
     for kept in (True, False) if keeps else (False,):
         arguments = (logits, torch.empty_like(logits), 0, 19, *options, tops if kept else None, lse, ones, ones)

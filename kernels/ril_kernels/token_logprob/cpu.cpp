@@ -2,8 +2,8 @@
 // A tile is R rows (tokens) by C columns of a vocabulary of V; the definition is token_logprob_reference.
 //
 //   tile_stats   one read:              the row's sums, carried from tile to tile; with the last tile log-prob of the
-//                                       target, entropy and log-sum-exp. Asked to keep, it also writes exp(z - top)
-//                                       over the logit, so that no exp is taken twice.
+//                                       target, entropy and log-sum-exp. Asked to keep, it also writes exp(z - top),
+//                                       so that no exp is taken twice.
 //   tile_grad    one read, one write:   d(logits) from the gradients of log-prob and entropy, in place or elsewhere
 //
 // A row belongs to one thread and is summed in one order, so results do not depend on the number of threads.
@@ -31,7 +31,7 @@ bool use_vectors(int32_t isa) {
 // A tile: rows by columns of logits with a row stride, and where it lies in the vocabulary.
 template <typename T>
 struct Tile {
-  T* logits;
+  const T* logits;
   int64_t stride, rows, columns, first, vocab;
   const int64_t* target;     // (R,), outside [0, V): the row does not count
   const float* temperature;  // (R,)
@@ -49,10 +49,11 @@ struct Tile {
 };
 
 template <typename T>
-int32_t stats(const Tile<T>& tile, Sums* all_sums, float* tops, float* logprob, float* entropy, double* lse) {
+int32_t stats(const Tile<T>& tile, Sums* all_sums, float* kept, int64_t kept_stride, float* tops, float* logprob,
+              float* entropy, double* lse) {
   if (!tile.valid() || !all_sums || !logprob || !entropy || !lse) return RIL_BAD_ARGUMENT;
-  constexpr bool KEEPS = std::is_same<T, float>::value;
-  if (tops != nullptr && (!KEEPS || tile.softcap != 0.0f)) return RIL_BAD_ARGUMENT;
+  const bool can_keep = std::is_same<T, float>::value && tile.softcap == 0.0f && kept_stride >= tile.columns;
+  if ((kept == nullptr) != (tops == nullptr) || (kept != nullptr && !can_keep)) return RIL_BAD_ARGUMENT;
   const bool vectors = use_vectors(tile.isa), last = tile.first + tile.columns == tile.vocab;
 #pragma omp parallel for schedule(static)
   for (int64_t row = 0; row < tile.rows; ++row) {
@@ -63,15 +64,13 @@ int32_t stats(const Tile<T>& tile, Sums* all_sums, float* tops, float* logprob, 
       lse[row] = 0.0;
       continue;
     }
-    T* line = tile.logits + row * tile.stride;
+    const T* line = tile.logits + row * tile.stride;
     const Head head{tile.temperature[row], tile.softcap};
     float slope;
     if (tile.holds_target(row)) sums.chosen = scaled(widen(line[tile.target[row] - tile.first]), head, &slope);
     for (int64_t block = 0; block < tile.blocks(); ++block) {
-      T* part = line + block * BLOCK;
-      float* kept = nullptr;
-      if constexpr (KEEPS) kept = tops == nullptr ? nullptr : part;
-      block_sums(part, tile.block_size(block), head, vectors, &sums, kept);
+      float* const out = kept == nullptr ? nullptr : kept + row * kept_stride + block * BLOCK;
+      block_sums(line + block * BLOCK, tile.block_size(block), head, vectors, &sums, out);
       if (tops != nullptr) tops[row * tile.blocks() + block] = sums.origin();
     }
     if (!last) continue;
@@ -150,29 +149,30 @@ int32_t grad(const Tile<T>& tile, T* out, int64_t out_stride, const float* tops,
 }  // namespace
 
 // A tile of logits (see Tile) -> sums (R, 4), carried from the tile before; log-prob, entropy and log-sum-exp (R,) are
-// written with the last tile of a row. With tops (R, blocks of 1024) the tile becomes exp(z - top) and tops their tops.
+// written with the last tile of a row. kept (R, C) float32, which may be the tile, gets exp(z - top), and tops
+// (R, blocks of 1024) the tops; both or neither is given.
 #define RIL_TILE_STATS(name, type)                                                                                    \
-  extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t columns, int64_t first,      \
-                                     int64_t vocab, const int64_t* target, const float* temperature, float softcap,   \
-                                     int32_t isa, double* sums, float* tops, float* logprob, float* entropy,          \
-                                     double* lse) {                                                                   \
-    return stats(Tile<type>{static_cast<type*>(logits), stride, rows, columns, first, vocab, target, temperature,     \
-                            softcap, isa},                                                                            \
-                 reinterpret_cast<Sums*>(sums), tops, logprob, entropy, lse);                                         \
+  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t columns,               \
+                                     int64_t first, int64_t vocab, const int64_t* target, const float* temperature,   \
+                                     float softcap, int32_t isa, double* sums, float* kept, int64_t kept_stride,      \
+                                     float* tops, float* logprob, float* entropy, double* lse) {                      \
+    return stats(Tile<type>{static_cast<const type*>(logits), stride, rows, columns, first, vocab, target,            \
+                            temperature, softcap, isa},                                                               \
+                 reinterpret_cast<Sums*>(sums), kept, kept_stride, tops, logprob, entropy, lse);                      \
   }
 RIL_TILE_STATS(ril_tile_stats_f32, float)
 RIL_TILE_STATS(ril_tile_stats_bf16, Bf16)
 
-// The same tile, as tile_stats left it, and the row's gradients -> d(logits) in out, which may be the tile. Rows that
-// do not count, or whose gradients are 0, become 0. Either tops of tile_stats or grad_entropy is given.
+// The same tile, or what tile_stats kept of it, and the row's gradients -> d(logits) in out, which may be the tile.
+// Rows that do not count, or whose gradients are 0, become 0. Either tops of tile_stats or grad_entropy is given.
 #define RIL_TILE_GRAD(name, type)                                                                                     \
-  extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t columns, int64_t first,      \
-                                     int64_t vocab, const int64_t* target, const float* temperature, float softcap,   \
-                                     int32_t isa, void* out, int64_t out_stride, const float* tops,                   \
+  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t columns,               \
+                                     int64_t first, int64_t vocab, const int64_t* target, const float* temperature,   \
+                                     float softcap, int32_t isa, void* out, int64_t out_stride, const float* tops,    \
                                      const double* lse, const float* entropy, const float* grad_logprob,              \
                                      const float* grad_entropy) {                                                     \
-    return grad(Tile<type>{static_cast<type*>(logits), stride, rows, columns, first, vocab, target, temperature,      \
-                           softcap, isa},                                                                             \
+    return grad(Tile<type>{static_cast<const type*>(logits), stride, rows, columns, first, vocab, target,             \
+                           temperature, softcap, isa},                                                                \
                 static_cast<type*>(out), out_stride, tops, lse, entropy, grad_logprob, grad_entropy);                 \
   }
 RIL_TILE_GRAD(ril_tile_grad_f32, float)

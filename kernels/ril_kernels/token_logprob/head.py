@@ -109,10 +109,12 @@ def make_head(
     return Head(hidden, lm_head, bias, target.contiguous(), temperature, softcap or 0.0)
 
 
-def spans(length: int, most: int) -> list[slice]:
-    """[0, length) in slices of nearly equal size, none longer than `most`."""
+def spans(length: int, most: int, multiple: int = 1) -> list[slice]:
+    """[0, length) in slices of nearly equal size, none longer than `most`; all but the last a `multiple` if it fits."""
     count = max(1, -(-length // max(1, most)))
     size = -(-length // count)
+    if multiple <= size < length:  # down, since `most` is a budget
+        size -= size % multiple
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 

@@ -89,8 +89,8 @@ struct Sums {
   float origin() const { return top == -INF ? 0.0f : static_cast<float>(top); }
 };
 
-// Adds a block of a row to its sums. With `kept` (float32 only, may be `logits`) it leaves exp(z - top) there, top being
-// the one in the sums afterwards.
+// Adds a block of a row to its sums. With `kept` (float32 only, may be `logits`) it leaves exp(z - top) there, with the
+// top that the sums then have.
 template <typename T>
 void block_sums_scalar(const T* logits, int64_t count, const Head& head, Sums* sums, float* kept) {
   float z[BLOCK], slope;

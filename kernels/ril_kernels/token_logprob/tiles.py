@@ -1,16 +1,17 @@
 """The pass over the logits on a CPU: tiles of rows by columns of the vocabulary, a C++ epilogue between the GEMMs.
 
-T packed tokens, H hidden, V vocabulary, R rows and C columns of a tile. Two things cost time beside the GEMMs: memory
-traffic and page faults.
+T packed tokens, H hidden, V vocabulary, R rows and C columns of a tile. Beside the GEMMs, memory costs time: traffic,
+and new pages. The memory of the tiles is this thread's, kept from call to call.
 
 - All rows go through one sweep over the vocabulary where they can, so that lm_head is streamed from memory once per
   GEMM. The training pass must hold R x V logits until a row's last column is known, and R is what a memory budget
   allows. But d(lm_head), (V, H), is written only afterwards, column by column: until then its memory holds the logits
   of H rows. So a batch of H tokens and more takes one sweep, and needs no more memory than a tile and its gradients.
-- Where the logits need no second reading (no soft-cap, no gradient of the entropy) the first half leaves
-  exp(logit - top) in their place, and the second multiplies it by one number per row and block: no exp is taken twice.
+- Where the logits need no second reading (no soft-cap, no gradient of the entropy) the first half keeps
+  exp(logit - top) instead, and the second multiplies it by one number per row and block: no exp is taken twice.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -25,13 +26,14 @@ WORK_BYTES = 208 * 2**20  # of all logits that are held at a time, besides those
 CACHE_BYTES = 8 * 2**20  # of a chunk's logits, where lm_head is so small that streaming it again costs less
 MAX_ROWS = 2048  # of a tile that nothing holds
 HUGE_FROM = 8 * 2**20  # bytes from which a buffer asks for huge pages
+COLUMNS = 64  # a tile's width is a multiple: MKL took 1.5 times as long for 15,194 columns as for 15,232
 BLOCK = 1024  # of row.h: columns that share one top
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 @torch.library.custom_op(
     "ril_kernels::tile_stats",
-    mutates_args=("logits", "sums", "tops", "logprob", "entropy", "lse"),
+    mutates_args=("sums", "kept", "tops", "logprob", "entropy", "lse"),
     device_types="cpu",
 )
 def tile_stats(
@@ -42,7 +44,8 @@ def tile_stats(
     temperature: Tensor,  # (R,) float32
     softcap: float,  # 0: none
     sums: Tensor,  # (R, 4) float64, carried from a row's tile to the next
-    tops: Tensor | None,  # (R, ceil(C / BLOCK)) float32: the logits become exp(z - top). float32 without soft-cap only
+    kept: Tensor | None,  # (R, C), may be `logits`: becomes exp(z - top). float32 without soft-cap only
+    tops: Tensor | None,  # (R, ceil(C / BLOCK)) float32, with `kept`: the tops
     logprob: Tensor,  # (R,) float32, and the next two: written with a row's last tile, 0 where the row does not count
     entropy: Tensor,  # (R,) float32
     lse: Tensor,  # (R,) float64: float32 would cost p its digits at logits of 100
@@ -51,13 +54,15 @@ def tile_stats(
     assert sums.dtype == lse.dtype == torch.float64 and logprob.dtype == entropy.dtype == torch.float32
     assert all(each is None or (each.is_contiguous() and len(each) == len(logits)) for each in outputs)
     assert tops is None or tops.shape[1] == -(-logits.shape[1] // BLOCK)
+    assert kept is None or (kept.shape == logits.shape and kept.dtype == torch.float32 and kept.stride(1) == 1)
     _native.call(f"ril_tile_stats_{_SUFFIX[logits.dtype]}", *_tile(logits, first, num_vocab, target, temperature),
-                 softcap, _native.ISA, *map(_address, outputs))  # fmt: skip
+                 softcap, _native.ISA, _address(sums), _address(kept), 0 if kept is None else _stride(kept),
+                 *map(_address, outputs[1:]))  # fmt: skip
 
 
 @torch.library.custom_op("ril_kernels::tile_grad", mutates_args=("out",), device_types="cpu")
 def tile_grad(
-    logits: Tensor,  # (R, C) as tile_stats left them
+    logits: Tensor,  # (R, C), or with `tops` what tile_stats kept of them
     out: Tensor,  # (R, C), becomes d(logits); may be `logits`
     first: int,
     num_vocab: int,
@@ -79,7 +84,7 @@ def tile_grad(
 
 
 @tile_stats.register_fake
-def _(logits, first, num_vocab, target, temperature, softcap, sums, tops, logprob, entropy, lse) -> None:
+def _(logits, first, num_vocab, target, temperature, softcap, sums, kept, tops, logprob, entropy, lse) -> None:
     return None
 
 
@@ -144,7 +149,7 @@ class TiledPass:
         known = _Rows.of(self.head)
         for rows, columns, logits in self._tiles(whole_rows=False):
             self.head.logits(rows, columns, logits)
-            self._stats(rows, columns, logits, known, None)
+            self._stats(rows, columns, logits, known, None, None)
         return known.logprob, known.entropy, known.lse
 
     def backward(
@@ -165,24 +170,26 @@ class TiledPass:
         gradients, known = self._gradients(needs), _Rows.of(self.head)
         chunks = self._chunks(lends=gradients.lm_head is not None and self.single)
         size = max(self._work_elements(chunk) for chunk in chunks)
-        work = _huge(self.head.hidden.new_empty(size))
+        work = _work(self.head.hidden, size)
         keeps = self.single and self.head.softcap == 0.0 and not entropy_has_gradient
         for chunk in chunks:
             held = []
             for columns in self._columns(len(chunk), whole_rows=not self.single):
-                parts, out = self._held(chunk, columns, work, gradients.lm_head)
-                for rows, logits in parts:
-                    tops = self._tops(rows, columns) if keeps else None
-                    self.head.logits(rows, columns, logits)
-                    self._stats(rows, columns, logits, known, tops)
-                    held.append((rows, columns, logits, tops, out))
+                tile, parts = self._held(chunk, columns, work, gradients.lm_head)
+                self.head.logits(chunk.rows, columns, tile)
+                for inside, store in parts:
+                    rows = slice(chunk.rows.start + inside.start, chunk.rows.start + inside.stop)
+                    kept, tops = (store, self._tops(store)) if keeps else (None, None)
+                    self._stats(rows, columns, tile[inside], known, kept, tops)
+                    if not keeps and chunk.lent:
+                        store.copy_(tile[inside])
+                    held.append((rows, inside, columns, tile, store, tops))
             grads = loss_gradient(chunk.rows, known.logprob[chunk.rows], known.entropy[chunk.rows])
-            for rows, columns, logits, tops, out in held:
-                inside = slice(rows.start - chunk.rows.start, rows.stop - chunk.rows.start)
+            for rows, inside, columns, tile, store, tops in held:
                 values = [known.lse[rows], known.entropy[rows], grads[0][inside], None if keeps else grads[1][inside]]
-                self._grad(rows, columns, logits, logits if out is None else out[inside], tops, *values)
+                self._grad(rows, columns, store, tile[inside], tops, *values)
                 if rows.stop == chunk.rows.stop:  # the last part of this tile
-                    gradients.add(chunk.rows, columns, logits if out is None else out)
+                    gradients.add(chunk.rows, columns, tile)
         return known.logprob, known.entropy, gradients.results()
 
     def _gradients(self, needs: tuple[bool, bool, bool]) -> HeadGradients:
@@ -200,7 +207,7 @@ class TiledPass:
         return max(1, min(most, max(CACHE_BYTES // self._row_bytes(), 4 * self.width)))
 
     def _columns(self, num_rows: int, whole_rows: bool) -> list[slice]:
-        return spans(self.num_vocab, self.num_vocab if whole_rows else TILE_BYTES // (4 * num_rows))
+        return spans(self.num_vocab, self.num_vocab if whole_rows else TILE_BYTES // (4 * num_rows), COLUMNS)
 
     def _tiles(self, whole_rows: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Tiles that nothing holds, in a buffer that the next one overwrites."""
@@ -210,7 +217,7 @@ class TiledPass:
             count = rows.stop - rows.start
             for columns in self._columns(count, whole_rows):
                 if buffer is None:  # the first tile is the largest
-                    buffer = _huge(self.head.hidden.new_empty(count * columns.stop))
+                    buffer = _work(self.head.hidden, count * columns.stop)
                 yield rows, columns, _matrix(buffer, count, columns.stop - columns.start)
 
     def _chunks(self, lends: bool) -> list[_Chunk]:
@@ -232,27 +239,25 @@ class TiledPass:
 
     def _held(
         self, chunk: _Chunk, columns: slice, work: Tensor, grad_head: Tensor | None
-    ) -> tuple[list[tuple[slice, Tensor]], Tensor | None]:
-        """Where the logits of a chunk's tile are held, by rows; and where its d(logits) go, None: in their place."""
-        begin, end, width = chunk.rows.start, chunk.rows.stop, columns.stop - columns.start
+    ) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+        """A chunk's tile, and where its numbers stay until d(logits) are made of them in the tile, by rows of it."""
+        count, width = len(chunk), columns.stop - columns.start
         if not chunk.lent:
-            return [(chunk.rows, _matrix(work[len(chunk) * columns.start :], len(chunk), width))], None
-        out = _matrix(work, len(chunk), width)
-        # These columns of d(lm_head) are H x C numbers that are written after their logits were read for the last time.
-        parts = [(slice(begin, begin + chunk.lent), _matrix(grad_head[columns].view(-1), chunk.lent, width))]
-        others = len(chunk) - chunk.lent
+            tile = _matrix(work[count * columns.start :], count, width)
+            return tile, [(slice(0, count), tile)]
+        # These columns of d(lm_head) are H x C numbers that are written after what is held there was read.
+        parts = [(slice(0, chunk.lent), _matrix(grad_head[columns].view(-1), chunk.lent, width))]
+        others = count - chunk.lent
         if others:
-            tile = len(chunk) * self._columns(len(chunk), False)[0].stop
-            parts.append(
-                (slice(begin + chunk.lent, end), _matrix(work[tile + others * columns.start :], others, width))
-            )
-        return parts, out
+            start = count * self._columns(count, False)[0].stop + others * columns.start
+            parts.append((slice(chunk.lent, count), _matrix(work[start:], others, width)))
+        return _matrix(work, count, width), parts
 
-    def _tops(self, rows: slice, columns: slice) -> Tensor:
-        return self.head.temperature.new_empty(rows.stop - rows.start, -(-(columns.stop - columns.start) // BLOCK))
+    def _tops(self, kept: Tensor) -> Tensor:
+        return kept.new_empty(len(kept), -(-kept.shape[1] // BLOCK))
 
-    def _stats(self, rows: slice, columns: slice, logits: Tensor, known: _Rows, tops: Tensor | None) -> None:
-        tile_stats(logits, *self._place(rows, columns), known.sums[rows], tops, *(each[rows] for each in known[1:]))
+    def _stats(self, rows: slice, columns: slice, logits: Tensor, known: _Rows, *kept: Tensor | None) -> None:
+        tile_stats(logits, *self._place(rows, columns), known.sums[rows], *kept, *(each[rows] for each in known[1:]))
 
     def _grad(self, rows: slice, columns: slice, logits: Tensor, out: Tensor, *values: Tensor | None) -> None:
         tile_grad(logits, out, *self._place(rows, columns), *values)
@@ -264,6 +269,20 @@ class TiledPass:
 
 def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
     return memory[: rows * columns].view(rows, columns)
+
+
+_kept = threading.local()
+
+
+def _work(like: Tensor, elements: int) -> Tensor:
+    """Uninitialised memory for this call, of the dtype of `like`. On the small benchmark case new pages cost twice as
+    much as the GEMMs."""
+    if torch.compiler.is_compiling():
+        return like.new_empty(elements)
+    needed, memory = elements * like.element_size(), getattr(_kept, "memory", None)
+    if memory is None or memory.nbytes < needed:
+        memory = _kept.memory = _huge(torch.empty(needed, dtype=torch.uint8))
+    return memory[:needed].view(like.dtype)
 
 
 def _huge(memory: Tensor) -> Tensor:
