@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-NATIVE := CMakeLists.txt pyproject.toml $(wildcard kernels/ril_kernels/*.cpp kernels/ril_kernels/*.h kernels/ril_kernels/*/cpu.cpp)
+NATIVE := CMakeLists.txt pyproject.toml $(wildcard kernels/ril_kernels/*.cpp kernels/ril_kernels/*.h kernels/ril_kernels/*/*.cpp kernels/ril_kernels/*/*.h)
 
 CONFIG ?= configs/digits.yaml
 RANKS ?= 2

@@ -1,17 +1,18 @@
-"""`python -m benchmarks list | run | report`."""
+"""`python -m benchmarks list | run | kernels | report`."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from benchmarks import runner
 from benchmarks.cases import OPS, Case, all_cases
-from benchmarks.report import write_results
+from benchmarks.report import KERNELS, write_results
 from ril_engine.errors import UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -49,18 +50,22 @@ def _list(arguments: argparse.Namespace) -> dict:
     return {"cases": found}
 
 
-def _run(arguments: argparse.Namespace) -> dict:
-    device = _device(arguments.device)
-    if arguments.rounds < 1:
-        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
+def _origin(arguments: argparse.Namespace, device: str) -> dict:
     commit, dirty = runner.git_state(ROOT)
     if dirty and not (arguments.allow_dirty and arguments.output):
         raise UserError(
             "the working tree differs from its commit, so a row could not say what it measured; commit first, or try "
             "out with --allow-dirty --output FILE, beside the recorded rows"
         )
+    return runner.provenance(device, commit, dirty)
+
+
+def _run(arguments: argparse.Namespace) -> dict:
+    device = _device(arguments.device)
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
+    origin = _origin(arguments, device)
     output = arguments.output or RESULTS / f"{device}.jsonl"
-    origin = runner.provenance(device, commit, dirty)
     written, faults = 0, []
     for case in _cases(arguments):
         wrong = runner.wrong(case)
@@ -91,6 +96,19 @@ def _print_row(row: dict) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _kernels(arguments: argparse.Namespace) -> dict:
+    if find_spec("triton") is None:
+        raise UserError("kernels: Triton is not installed here; `pip install triton` brings the compiler, on Linux")
+    from benchmarks import kernels
+
+    origin = _origin(arguments, "cpu")
+    rows = list(kernels.rows({name: origin[name] for name in ("time", "commit", "dirty", "command", "versions")}))
+    output = arguments.output or RESULTS / KERNELS
+    output.unlink(missing_ok=True)  # a compiler repeats itself: the file is one commit's report, not a history
+    runner.append(output, rows)
+    return {"rows": len(rows), "output": str(output)}
+
+
 def _report(_: argparse.Namespace) -> dict:
     return {"results": str(write_results(RESULTS, ROOT / "benchmarks" / "RESULTS.md"))}
 
@@ -101,8 +119,10 @@ def main() -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     run = commands.add_parser("run", help="check, time and append rows to benchmarks/results/DEVICE.jsonl")
     run.add_argument("--rounds", type=int, default=ROUNDS)
-    run.add_argument("--output", type=Path, help="another JSONL file")
-    run.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
+    kernels = commands.add_parser("kernels", help="compile the Triton kernels for three GPUs: results/kernels.jsonl")
+    for each in (run, kernels):
+        each.add_argument("--output", type=Path, help="another JSONL file")
+        each.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
     listing = commands.add_parser("list", help="cases and candidates")
     for each in (run, listing):
         each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all")
@@ -115,7 +135,8 @@ def main() -> int:
         each.add_argument("--device", choices=("cpu", "cuda"), default=default)
     commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")
     arguments = parser.parse_args()
-    return exit_code(lambda: {"run": _run, "list": _list, "report": _report}[arguments.command](arguments))
+    action = {"run": _run, "list": _list, "kernels": _kernels, "report": _report}[arguments.command]
+    return exit_code(lambda: action(arguments))
 
 
 if __name__ == "__main__":

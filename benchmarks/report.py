@@ -19,6 +19,15 @@ are in the rows. "Of floor" is the time of the bare GEMMs in buffers that exist 
 copy of the bytes that must move), over the candidate's. Peak MiB holds outputs and gradients.
 """
 
+KERNELS = "kernels.jsonl"
+KERNELS_HEAD = """## Triton kernels, compiled and not run
+
+By `python -m benchmarks kernels` at {commit}, triton {triton}; each cell is for {targets}.
+Bits are the widest global load and store of a thread. PADDED is what runs: rows of logits with a stride of whole 16
+elements.
+"""
+RESOURCES = ("registers", "spill_bytes", "shared_bytes", "instructions", "load_bits", "store_bits")
+
 COLUMNS = ("candidate", NO_GRAD, "of floor", FORWARD, BACKWARD, BOTH, "of floor", "peak MiB", "commit")
 
 
@@ -28,7 +37,7 @@ def write_results(folder: Path, path: Path) -> Path:
     Raises:
         UserError: no rows.
     """
-    rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_jsonl(file)]
+    rows = [row for file in sorted(folder.glob("*.jsonl")) if file.name != KERNELS for row in read_jsonl(file)]
     if not rows:
         raise UserError(f"{folder}: no rows; run `python -m benchmarks run` first")
     newest: dict[tuple, dict] = {}
@@ -44,6 +53,8 @@ def write_results(folder: Path, path: Path) -> Path:
         parts.append(f"## {device}, {newest_row['threads']} threads\n\n{versions}.\n")
         for case in dict.fromkeys(row["case"] for row in some):
             parts.append(_table([row for row in some if row["case"] == case]))
+    if (folder / KERNELS).exists():
+        parts.append(_kernel_table(read_jsonl(folder / KERNELS)))
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
 
@@ -72,3 +83,27 @@ def _table(rows: list[dict]) -> str:
         cells.append(last["commit"][:9] + (" + changes" if last["dirty"] else ""))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _kernel_table(rows: list[dict]) -> str:
+    """A line per kernel, dtype and choice of constants; what the targets need lies side by side."""
+    forms: dict[tuple, list[dict]] = {}
+    for row in rows:
+        choices = " ".join(f"{name}={value}" for name, value in row["constants"].items())
+        forms.setdefault((row["kernel"], row["dtype"], choices), []).append(row)
+    targets = ", ".join(dict.fromkeys(row["target"] for row in rows))
+    commit = rows[0]["commit"][:9] + (" + changes" if rows[0]["dirty"] else "")
+    origin = {"commit": commit, "triton": rows[0]["versions"]["triton"], "targets": targets}
+    lines = [
+        KERNELS_HEAD.format(**origin),
+        f"| kernel | dtype | constants | {' | '.join(name.replace('_', ' ') for name in RESOURCES)} |",
+        f"|{'---|' * (3 + len(RESOURCES))}",
+    ]
+    for form, each in forms.items():
+        cells = [" / ".join(str(_widest(row[name])) for row in each) for name in RESOURCES]
+        lines.append(f"| {' | '.join([*form, *cells])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _widest(value: int | list[int]) -> int:
+    return max(value) if isinstance(value, list) else value

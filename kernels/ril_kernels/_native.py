@@ -13,26 +13,30 @@ import torch  # noqa: F401  (before the library: see above)
 
 import ril_kernels
 
-ABI_VERSION = 2  # RIL_ABI_VERSION in abi.h
+ABI_VERSION = 3  # RIL_ABI_VERSION in abi.h
 
 ISA = 0  # of the vectorised functions: 0 is the best that this CPU has, 1 is scalar (tests set it)
 
 _POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
-# logits, stride, rows, vocab, target, temperature, softcap, isa
-_LOGITS = (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER, _FLOAT, _INT32)
+# logits, stride, rows, columns, first column, vocab, target, temperature, softcap, isa
+_TILE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64, _POINTER, _POINTER, _FLOAT, _INT32)
+# ..., sums (rows, 4) f64, kept, its stride, tops f32 or null, logprob, entropy (rows,) f32, lse (rows,) f64
+_TILE_STATS = (*_TILE, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER)
+# ..., out, its stride, tops f32 or null, lse f64, entropy, grad_logprob, grad_entropy f32 or null (rows,)
+_TILE_GRAD = (*_TILE, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)
 
 # Every exported function and the types of its arguments; each returns int32.
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "ril_abi_version": (),
     # rewards (N,) f32, groups (N,) i64, num_responses, kind, advantages (N,) f32 out
     "ril_group_advantages_f32": (_POINTER, _POINTER, _INT64, _INT32, _POINTER),
-    # ..., logprob, entropy (rows,) f32, lse (rows,) f64 out
-    "ril_logits_stats_f32": (*_LOGITS, _POINTER, _POINTER, _POINTER),
-    "ril_logits_stats_bf16": (*_LOGITS, _POINTER, _POINTER, _POINTER),
-    # ..., lse f64, entropy, grad_logprob, grad_entropy f32 (rows,); logits in and out
-    "ril_logits_grad_f32": (*_LOGITS, _POINTER, _POINTER, _POINTER, _POINTER),
-    "ril_logits_grad_bf16": (*_LOGITS, _POINTER, _POINTER, _POINTER, _POINTER),
+    "ril_tile_stats_f32": _TILE_STATS,
+    "ril_tile_stats_bf16": _TILE_STATS,
+    "ril_tile_grad_f32": _TILE_GRAD,
+    "ril_tile_grad_bf16": _TILE_GRAD,
+    # memory, bytes
+    "ril_huge_pages": (_POINTER, _INT64),
 }
 
 _STATUS = {1: "bad argument", 2: "out of memory", 3: "internal error"}  # abi.h

@@ -5,10 +5,13 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from test_fused import exact, logprob_results, loss_results
+from test_fused import exact, grad, logprob_results, loss_results, stats
+from test_group_advantages import KINDS, ragged
 from triton.runtime.interpreter import InterpreterBuilder
 
+from ril_kernels.policy_loss import triton as advantages
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
+from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.policy_loss.reference import make_inputs as loss_inputs
 from ril_kernels.token_logprob.reference import CASES, make_inputs
 
@@ -19,6 +22,7 @@ kernels = importlib.import_module("ril_kernels.token_logprob.triton")
 @pytest.fixture(autouse=True, params=[16, 64, 8192], ids=lambda block: f"block {block}")
 def block(request, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", request.param)
+    monkeypatch.setattr(advantages, "COLUMNS", request.param)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16: see test_bfloat16
@@ -30,9 +34,10 @@ def test_token_logprob(case, dtype, assert_accurate):
         assert_accurate(got, true.double(), usual)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", LOSS_CASES)
-def test_policy_loss(case, assert_accurate):
-    inputs = loss_inputs(case)
+def test_policy_loss(case, dtype, assert_accurate):
+    inputs = loss_inputs(case, dtype)
     truth, peer = loss_results(exact(inputs), "reference")[0], loss_results(inputs, "reference")[0]
     for got, true, usual in zip(loss_results(inputs, "triton")[0], truth, peer, strict=True):
         assert_accurate(got, true.double(), usual)
@@ -59,25 +64,47 @@ def test_rows_against_cpp(num_vocab, softcap, padded):
     stride = -(-num_vocab // 16) * 16 if padded else num_vocab
     logits, target, temperature, grads = rows(num_vocab, torch.float32, stride)
     copy = logits.contiguous()
-    expected = torch.ops.ril_kernels.logits_stats(copy, target, temperature, softcap)
+    expected = stats(copy, target, temperature, softcap)
     actual = kernels.logits_stats(logits, target, temperature, softcap)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-    torch.ops.ril_kernels.logits_grad(copy, target, temperature, softcap, expected[2], expected[1], *grads)
+    grad(copy, target, temperature, softcap, expected[2], expected[1], *grads)
     kernels.logits_grad(logits, target, temperature, softcap, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
     assert (logits[2] == 0).all() and (logits[5] == 0).all()
+
+
+def test_infinities_and_nan_against_cpp():
+    inf = torch.inf
+    logits = torch.full((5, 37), -inf)
+    logits[0, 5] = 2.0  # a certainty
+    logits[1, [3, 36]] = 700.0  # far above what exp can hold
+    logits[2] = -3e38
+    logits[3, :20] = torch.nan
+    logits[4] = torch.nan  # does not count
+    target, grads = torch.tensor([5, 36, 7, 3, -1]), torch.tensor([[1.0, 1.0, 1.0, 0.0, 1.0], [0.5] * 5])
+    grads[1, 3] = 0.0  # idle: zeros whatever the row holds
+    ones, copy = torch.ones(5), logits.clone()
+    expected = stats(copy, target, ones, 0.0)
+    actual = kernels.logits_stats(logits, target, ones, 0.0)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert actual[0][3].isnan() and actual[2][3].isnan() and not actual[0][[0, 1, 2, 4]].isnan().any()
+    grad(copy, target, ones, 0.0, expected[2], expected[1], *grads)
+    kernels.logits_grad(logits, target, ones, 0.0, actual[2], actual[1], *grads)
+    torch.testing.assert_close(logits, copy, rtol=2e-6, atol=2e-6)
+    assert (logits[[0, 3, 4]] == 0).all() and (logits[1, [3, 36]] != 0).all()
 
 
 def test_bfloat16():
     # The interpreter truncates float32 to bfloat16 where a GPU rounds: one unit in the last place, 2^-7 relative.
     logits, target, temperature, grads = rows(37, torch.bfloat16, 48)
     wide = logits.float().contiguous()
-    expected = torch.ops.ril_kernels.logits_stats(wide, target, temperature, 0.0)
+    expected = stats(wide, target, temperature, 0.0)
     actual = kernels.logits_stats(logits, target, temperature, 0.0)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-6)
-    torch.ops.ril_kernels.logits_grad(wide, target, temperature, 0.0, expected[2], expected[1], *grads)
+    grad(wide, target, temperature, 0.0, expected[2], expected[1], *grads)
     kernels.logits_grad(logits, target, temperature, 0.0, actual[2], actual[1], *grads)
     torch.testing.assert_close(logits.float(), wide, rtol=2**-7, atol=1e-38)
 
@@ -106,3 +133,40 @@ def test_traffic(monkeypatch):
     count.update(read=0)
     kernels.logits_grad(logits, target, temperature, 0.0, lse, entropy, *grads)
     assert count == {"read": (live - 1) * (num_vocab + padding), "write": 6 * (num_vocab + padding)}
+
+
+@KINDS
+@pytest.mark.parametrize(("num_responses", "num_groups"), [(2, 1), (3, 1), (7, 2), (101, 17), (257, 3)])
+def test_group_advantages(num_responses, num_groups, kind, monkeypatch, assert_accurate):
+    rewards, groups = ragged(num_responses, num_groups)
+    poisoned = torch.full((num_responses + 2,), torch.nan)  # a guard on both sides
+    monkeypatch.setattr(torch, "empty_like", lambda like: poisoned[1:-1])
+    actual = advantages.group_advantages(rewards, groups, kind)
+    assert poisoned[0].isnan() and poisoned[-1].isnan()
+    peer = group_advantages_reference(rewards, groups, kind)
+    assert_accurate(actual, group_advantages_reference(rewards.double(), groups, kind), peer)
+
+
+@KINDS
+def test_group_advantages_of_values_that_only_a_cpu_refuses(kind):
+    # Ids below 0 are ids. NaN stays in its group. A lone response has no baseline.
+    rewards = torch.tensor([1.0, torch.nan, 0.0, 2.0, 5.0])
+    groups = torch.tensor([0, 7, 0, 7, -1])
+    actual = advantages.group_advantages(rewards, groups, kind)
+    torch.testing.assert_close(actual, group_advantages_reference(rewards, groups, kind), equal_nan=True)
+    assert actual[[1, 3]].isnan().all() and actual[[0, 2]].isfinite().all()
+    assert actual[4] == 0 if kind == "dr_grpo" else actual[4].isnan()
+
+
+@KINDS
+def test_group_advantages_of_equal_rewards_are_exact_zeros(kind):
+    # Tokens of advantage 0 are left out of everything: a rounding error in its place would cost three GEMMs.
+    rewards, groups = torch.full((30,), 0.1), torch.arange(30) % 2
+    assert (advantages.group_advantages(rewards, groups, kind) == 0).all()
+
+
+def test_group_advantages_of_strided_inputs():
+    rewards, groups = ragged(101, 17)
+    expected = advantages.group_advantages(rewards, groups, "grpo")
+    strided = rewards.repeat_interleave(2)[::2], groups.repeat_interleave(3)[::3]
+    assert torch.equal(advantages.group_advantages(*strided, "grpo"), expected)

@@ -17,9 +17,9 @@ def gpu(monkeypatch):
     for op in ("policy_loss", "token_logprob"):
         module = importlib.import_module(f"ril_kernels.{op}.op")
         monkeypatch.setattr(module, "resolve_backend", lambda backend, hidden: "triton")
-    for table in (chunks.CHUNK_BYTES, chunks.MAX_CHUNK_ROWS):
-        monkeypatch.setitem(table, "meta", table["cuda"])
-    monkeypatch.setitem(chunks.MAX_CHUNK_ROWS, "meta", 4)  # more than one chunk
+    advantages = importlib.import_module("ril_kernels.policy_loss.advantages")
+    monkeypatch.setattr(advantages, "_resolve_backend", lambda backend, rewards: "triton")
+    monkeypatch.setattr(chunks, "MAX_CHUNK_ROWS", 4)  # more than one chunk
     return torch.device("meta")
 
 
@@ -53,9 +53,7 @@ def test_policy_loss(gpu, options, level, host_side):
     hidden, lm_head = head(gpu)
     side = torch.device("cpu") if host_side else gpu
     index = torch.arange(T).to(side) // 3
-    given = {"rewards": torch.tensor([1.0, 0.0]), "groups": torch.zeros(2, dtype=torch.int64)}
-    if not host_side:  # rewards become advantages on the host, where they were made
-        given = {"advantages": torch.ones(2, device=gpu)}
+    given = {"rewards": torch.tensor([1.0, 0.0]).to(side), "groups": torch.zeros(2, dtype=torch.int64).to(side)}
     if options.get("beta"):
         given["reference_logprobs"] = torch.zeros(T, device=gpu)
     loss, metrics = policy_loss(

@@ -330,6 +330,7 @@ def error_cases() -> list:
 
     value = ValueError
     three = torch.zeros(3)
+    meta = {"device": "meta"}
     return [
         case(value, r"lm_head: got shape \(3, 5\), expected \(V, H\) with H = 4", lm_head=torch.zeros(3, 5)),
         case(value, r"target: got the value 5, expected values in \[0, 5\) where V = 5\. Every token",
@@ -376,6 +377,11 @@ def error_cases() -> list:
         case(TypeError, r"mask: got dtype int64, expected bool", mask=torch.ones(5, dtype=torch.int64)),
         case(value, r"kl_mask: got shape \(1, 5\)", kl_mask=torch.ones(1, 5, dtype=torch.bool)),
         case(value, r"mask: got device meta, expec", mask=torch.ones(5, dtype=torch.bool, device="meta")),
+        case(value, r"target: got device meta, expected cpu, where hidden", target=torch.zeros(5, **meta).long()),
+        case(value, r"behavior_logprobs: got device meta, expected cpu", behavior_logprobs=torch.zeros(5, **meta)),
+        case(value, r"advantages: got device meta, expected cpu, where hidden", without=("rewards", "groups"),
+             advantages=torch.zeros(2, **meta)),
+        case(value, r"groups: got device meta, expected cpu, where rewards", groups=torch.zeros(2, **meta).long()),
         case(value, r"reference_logprobs: got None with beta above 0, expected a \(T,\)", beta=0.01),
         case(value, r"reference_logprobs: got None with kl_mask", kl_mask=torch.ones(5, dtype=torch.bool)),
         case(value, r"reference_logprobs: got None with kl_norm", kl_norm=4.0),
@@ -390,10 +396,11 @@ def error_cases() -> list:
 
 
 @pytest.mark.parametrize(("without", "changes", "error", "message"), error_cases())
-def test_errors(without, changes, error, message):
+def test_errors(without, changes, error, message, native_calls):
     inputs = {name: value for name, value in make_inputs("tiny").items() if name not in without}
     with pytest.raises(error, match=message):
         policy_loss(**{**inputs, **changes})
+    assert set(native_calls) <= {"ril_group_advantages_f32"}  # of rewards that are right; the fault comes after them
 
 
 def test_empty_batch():

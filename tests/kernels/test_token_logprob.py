@@ -150,6 +150,37 @@ def error_cases() -> list:
             ValueError,
             r"lm_head: got device meta, expected cpu, where hidden",
         ),
+        (
+            {**base, "lm_head": torch.zeros(4, 5).T},
+            ValueError,
+            r"lm_head: got strides \(1, 5\), expected a contiguous \(V, H\) weight\. Call",
+        ),
+        ({**base, "bias": torch.zeros(5).half()}, TypeError, r"bias: got dtype float16, expected float32\. Cast"),
+        (
+            {**base, "bias": torch.zeros(5, device="meta")},
+            ValueError,
+            r"bias: got device meta, expected cpu, where hidden is\. Move",
+        ),
+        (
+            {**base, "target": target.to("meta")},
+            ValueError,
+            r"target: got device meta, expected cpu, where hidden is\. Move",
+        ),
+        (
+            {**base, "temperature": torch.ones(3, device="meta")},
+            ValueError,
+            r"temperature: got device meta, expected cpu, where hidden is\. Move",
+        ),
+        (
+            {**base, "temperature": torch.ones(3, dtype=torch.int64)},
+            TypeError,
+            r"temperature: got dtype int64, expected float32 or",
+        ),
+        (
+            {**base, "temperature": torch.tensor([1.0, math.nan, 1.0])},
+            ValueError,
+            r"temperature: got the value nan, expected values above 0",
+        ),
         ({**base, "bias": torch.zeros(4)}, ValueError, r"bias: got shape \(4,\), expected \(V,\) with V = 5"),
         ({**base, "target": target.int()}, TypeError, r"target: got dtype int32, expected int64"),
         ({**base, "target": target[:2]}, ValueError, r"target: got shape \(2,\), expected \(T,\) with T = 3"),
@@ -185,6 +216,7 @@ def error_cases() -> list:
 
 
 @pytest.mark.parametrize(("inputs", "error", "message"), error_cases())
-def test_errors(inputs, error, message):
+def test_errors(inputs, error, message, native_calls):
     with pytest.raises(error, match=message):
         token_logprob(**inputs)
+    assert native_calls == []

@@ -1,4 +1,4 @@
-"""group_advantages: the public function, its validation and its C++ form. N responses."""
+"""group_advantages: the public function, its validation and its dispatch. N responses."""
 
 import torch
 from torch import Tensor
@@ -14,12 +14,11 @@ from ril_kernels._checks import (
     refuse,
 )
 from ril_kernels.policy_loss.reference import ADVANTAGE_KINDS, group_advantages_reference
-
-ADVANTAGE_BACKENDS = ("auto", "reference", "cpu")
+from ril_kernels.token_logprob.head import BACKENDS
 
 
 @torch.library.custom_op("ril_kernels::group_advantages", mutates_args=(), device_types="cpu")
-def _group_advantages_cpu(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
+def _group_advantages(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
     assert rewards.dtype == torch.float32 and groups.dtype == torch.int64 and rewards.shape == groups.shape
     rewards, groups = rewards.contiguous(), groups.contiguous()
     advantages = torch.empty_like(rewards)
@@ -34,7 +33,14 @@ def _group_advantages_cpu(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
     return advantages
 
 
-@_group_advantages_cpu.register_fake
+@_group_advantages.register_kernel("cuda")
+def _group_advantages_triton(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
+    from ril_kernels.policy_loss.triton import group_advantages as launch
+
+    return launch(rewards, groups, kind)
+
+
+@_group_advantages.register_fake
 def _(rewards: Tensor, groups: Tensor, kind: str) -> Tensor:
     return torch.empty_like(rewards, memory_format=torch.contiguous_format)
 
@@ -46,6 +52,8 @@ def _check_rewards(rewards: Tensor, groups: Tensor) -> None:
     shapes.check("rewards", rewards, "N", "Pass one reward per response, all groups in one flat tensor.")
     shapes.check("groups", groups, "N", "Pass one group id per response.")
     check_device("groups", groups, "rewards", rewards.device)
+    if rewards.device.type != "cpu":
+        return
     remedy = "Find out which reward function produced it; a reply that cannot be scored is a reward of 0."
     check_finite("rewards", rewards, remedy)
     if int(groups.min()) < 0:
@@ -55,6 +63,18 @@ def _check_rewards(rewards: Tensor, groups: Tensor) -> None:
         single = int(ids[counts.argmin()])
         remedy = "A lone response has no baseline: sample more responses or drop it."
         refuse("groups", f"a single response in group {single}", "at least 2 responses in each group", remedy)
+
+
+def _resolve_backend(backend: str, rewards: Tensor) -> str:
+    """The form that runs: for "auto" a function of device and dtype alone. A named one that cannot run raises."""
+    native = {"cpu": "cpu", "cuda": "triton"}.get(rewards.device.type) if rewards.dtype == torch.float32 else None
+    if backend == "auto":
+        return native or "reference"
+    if backend not in ("reference", native):
+        got = f"{backend!r} for rewards of {dtype_name(rewards.dtype)} on {rewards.device}"
+        place = "a CPU" if backend == "cpu" else "a CUDA device"
+        refuse("backend", got, f"float32 rewards on {place}", "Use backend='auto' or 'reference'.")
+    return backend
 
 
 def group_advantages(
@@ -67,17 +87,14 @@ def group_advantages(
     """Advantage of each response over the others of its group; constants, without gradient.
 
     `kind`: dr_grpo = R - mean; grpo = (R - mean) / (std + 1e-4), unbiased std; rloo = R - mean of the others.
-    `backend`: auto is "cpu" (C++) for float32 on a CPU and "reference" for everything else. Reads its inputs'
-    values, so pass CPU tensors where a host sync matters.
+    `backend`: auto is "cpu" (C++) for float32 on a CPU, "triton" for float32 on a GPU and "reference" for everything
+    else. On a CPU infinities, NaN, negative ids and lone responses are refused. On a GPU no value is looked at, so that
+    nothing waits: NaN spreads over its group, and a lone response has the advantage 0 (dr_grpo) or NaN.
     """
     check_choice("kind", kind, ADVANTAGE_KINDS, "dr_grpo is what RIL uses.")
     _check_rewards(rewards, groups)
-    check_choice("backend", backend, ADVANTAGE_BACKENDS, "Leave the default, 'auto'.")
-    runs_on_cpu = rewards.device.type == "cpu" and rewards.dtype == torch.float32
-    if backend == "cpu" and not runs_on_cpu:
-        got = f"'cpu' for rewards of {dtype_name(rewards.dtype)} on {rewards.device}"
-        refuse("backend", got, "float32 rewards on a CPU", "Use backend='auto' or 'reference'.")
+    check_choice("backend", backend, BACKENDS, "Leave the default, 'auto'.")
     rewards, groups = rewards.detach(), groups.detach()
-    if backend == "cpu" or (backend == "auto" and runs_on_cpu):
-        return _group_advantages_cpu(rewards, groups, kind)
-    return group_advantages_reference(rewards, groups, kind)
+    if _resolve_backend(backend, rewards) == "reference":
+        return group_advantages_reference(rewards, groups, kind)
+    return _group_advantages(rewards, groups, kind)

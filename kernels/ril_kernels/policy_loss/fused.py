@@ -1,4 +1,4 @@
-"""policy_loss in one pass over chunks of logits. T packed tokens, H hidden, V vocabulary, R rows of a chunk."""
+"""policy_loss in one pass over the logits. T packed tokens, H hidden, V vocabulary, R rows of a chunk."""
 
 import torch
 from torch import Tensor
@@ -11,31 +11,30 @@ from ril_kernels.policy_loss.reference import (
     policy_metrics,
     policy_terms,
 )
-from ril_kernels.token_logprob.chunks import Head, HeadGradients, put_back, take
-from ril_kernels.token_logprob.op import fused_token_logprob
+from ril_kernels.token_logprob.fused import PASSES, fused_token_logprob
+from ril_kernels.token_logprob.head import make_head, put_back, take
 
 
 class _PolicyLoss(torch.autograd.Function):
     """Loss, log-probs and entropies with d(hidden), d(lm_head) and d(bias) made in the same pass over the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, lm_head, bias, target, terms, settings, *options) -> tuple[Tensor, ...]:
-        head = Head(hidden, lm_head, target, bias, *options)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        losses, logprobs, entropies = [], [], []
-        for part, logits in head.chunks():
-            logprob, entropy, lse = head.stats(part, logits)
-            with torch.enable_grad():  # d(loss) / d(log-prob) and / d(entropy): R numbers each
-                leaves = logprob.requires_grad_(), entropy.requires_grad_()
-                loss, _ = policy_terms(*leaves, terms.rows(part), settings)
-            grads = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    def forward(ctx, hidden, lm_head, bias, target, terms, settings, temperature, softcap, backend):
+        head = make_head(hidden, lm_head, target, bias, temperature, softcap)
+        losses = []
+
+        def loss_gradient(rows: slice, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
+            """d(loss) / d(log-prob) and / d(entropy) of these rows."""
+            with torch.enable_grad():
+                leaves = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
+                loss, _ = policy_terms(*leaves, terms.rows(rows), settings)
             losses.append(loss.detach())
-            logprobs.append(logprob.detach())
-            entropies.append(entropy.detach())
-            head.grad_(part, logits, lse, entropies[-1], *grads)
-            gradients.add(part, logits)
-        policy, entropy = torch.cat(logprobs), torch.cat(entropies)
-        ctx.gradients = gradients.results()
+            return torch.autograd.grad(loss, leaves, materialize_grads=True)
+
+        entropy_has_gradient = settings.entropy_coef > 0
+        policy, entropy, ctx.gradients = PASSES[backend](head).train(
+            loss_gradient, ctx.needs_input_grad[:3], entropy_has_gradient
+        )
         ctx.mark_non_differentiable(policy, entropy)
         return torch.stack(losses).sum(), policy, entropy
 
@@ -66,7 +65,7 @@ def fused_policy_loss(
     backend: str,
     rows: Tensor | None,  # counted_rows of needed_tokens
 ) -> tuple[Tensor, PolicyMetrics]:
-    """policy_loss_reference in one pass over chunks of logits; tokens without a gradient cost nothing."""
+    """policy_loss_reference in one pass over the logits; tokens without a gradient cost nothing."""
     num_tokens = len(target)
     target = target.masked_fill(~needed_tokens(terms, settings), -1)
     inputs = (hidden, lm_head, bias)

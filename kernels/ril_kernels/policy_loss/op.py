@@ -31,11 +31,7 @@ from ril_kernels.policy_loss.reference import (
     needed_tokens,
     policy_loss_reference,
 )
-from ril_kernels.token_logprob.chunks import (
-    BACKENDS,
-    counted_rows,
-    resolve_backend,
-)
+from ril_kernels.token_logprob.head import BACKENDS, counted_rows, resolve_backend
 from ril_kernels.token_logprob.op import check_head_inputs
 
 # Per-token arguments that may stay on the CPU beside a hidden on a GPU, as rewards and advantages may. When all that

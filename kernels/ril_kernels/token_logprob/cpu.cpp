@@ -1,292 +1,23 @@
-// The epilogue of a chunk of logits on the CPU: what token_logprob and policy_loss do between their GEMMs.
-// R rows of the chunk, V vocabulary; the definition is token_logprob_reference.
+// The epilogue of a tile of logits on the CPU: what token_logprob and policy_loss do between their GEMMs.
+// A tile is R rows (tokens) by C columns of a vocabulary of V; the definition is token_logprob_reference.
 //
-//   logits_stats   one read:              log-sum-exp, log-prob of the target and entropy of each row
-//   logits_grad    one read, one write:   d(logits) in place, from the gradients of log-prob and entropy
+//   tile_stats   one read:              the row's sums, carried from tile to tile; with the last tile log-prob of the
+//                                       target, entropy and log-sum-exp. Asked to keep, it also writes exp(z - top),
+//                                       so that no exp is taken twice.
+//   tile_grad    one read, one write:   d(logits) from the gradients of log-prob and entropy, in place or elsewhere
 //
 // A row belongs to one thread and is summed in one order, so results do not depend on the number of threads.
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <limits>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#define RIL_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__linux__)
+#include <sys/mman.h>
 #endif
 
 #include "abi.h"
+#include "row.h"
 
 namespace {
 
-constexpr int64_t BLOCK = 1024;          // elements that stay in the L1 cache between the passes over a block
-constexpr float EXP_LOW = -87.33654f;    // exp of anything below it is 0 here: smaller than any normal float32
 constexpr int32_t ISA_AUTO = 0;
-constexpr int32_t ISA_SCALAR = 1;        // asked for by tests, and used where there is no AVX2
-constexpr float INF = std::numeric_limits<float>::infinity();
-
-// What a row needs to turn a logit into z = softcap * tanh(logit / softcap) / temperature.
-struct Head {
-  float temperature;
-  float softcap;  // 0: none
-};
-
-struct Bf16 {
-  uint16_t bits;
-};
-
-inline float widen(float value) { return value; }
-inline float widen(Bf16 value) {
-  const uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
-
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(float value, Bf16* out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) {
-    out->bits = 0x7fc0;  // NaN stays NaN
-  } else {
-    out->bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // to the nearest even
-  }
-}
-
-inline float exp_or_zero(float x) { return x < EXP_LOW ? 0.0f : std::exp(x); }
-
-// z of a logit, and dz / dlogit in *slope.
-inline float scaled(float logit, const Head& head, float* slope) {
-  *slope = 1.0f / head.temperature;
-  if (head.softcap == 0.0f) return logit / head.temperature;
-  const float tanh = std::tanh(logit / head.softcap);
-  *slope *= 1.0f - tanh * tanh;
-  return head.softcap * tanh / head.temperature;
-}
-
-// Log-sum-exp as two float32: z - high is exact where p is large, so that a logit of 300 does not cost p 5 digits.
-struct LogSumExp {
-  float high, low;
-
-  explicit LogSumExp(double value) : high(static_cast<float>(value)), low(static_cast<float>(value - high)) {
-    if (!std::isfinite(high)) low = 0.0f;
-  }
-  float logprob(float z) const { return z - high - low; }
-};
-
-// Sums over a row, relative to the largest z so far.
-struct Sums {
-  float top = -INF;
-  double mass = 0.0;    // sum of exp(z - top)
-  double weight = 0.0;  // sum of exp(z - top) (z - top)
-
-  void rescale(float next) {
-    if (!(next > top)) return;
-    if (mass > 0.0) {
-      const double shift = static_cast<double>(top) - next, factor = std::exp(shift);
-      weight = factor * (weight + shift * mass);
-      mass *= factor;
-    }
-    top = next;
-  }
-};
-
-template <typename T>
-void block_sums_scalar(const T* logits, int64_t count, const Head& head, Sums* sums) {
-  float z[BLOCK], slope;
-  float top = -INF;
-  for (int64_t i = 0; i < count; ++i) {
-    z[i] = scaled(widen(logits[i]), head, &slope);
-    top = z[i] > top ? z[i] : top;
-  }
-  sums->rescale(top);
-  if (sums->top == -INF) top = 0.0f;  // nothing but -inf (or NaN) yet
-  else top = sums->top;
-  float mass = 0.0f, weight = 0.0f;
-  for (int64_t i = 0; i < count; ++i) {
-    const float distance = z[i] < EXP_LOW + top ? EXP_LOW * 2 : z[i] - top;
-    const float e = exp_or_zero(distance);
-    mass += e;
-    weight += e * distance;
-  }
-  sums->mass += mass;
-  sums->weight += weight;
-}
-
-template <typename T>
-void row_grad_scalar(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy,
-                     float grad_logprob, float grad_entropy) {
-  for (int64_t i = 0; i < count; ++i) {
-    float slope;
-    const float logprob = lse.logprob(scaled(widen(logits[i]), head, &slope));
-    const float p = exp_or_zero(logprob);
-    const float inner = p == 0.0f ? 0.0f : p * (grad_logprob + grad_entropy * (logprob + entropy));
-    narrow(p == p ? -slope * inner : p, logits + i);
-  }
-}
-
-#if defined(__x86_64__)
-
-struct Vec {
-  __m256 z, slope;
-};
-
-// exp for x <= 88, within 2 ulp (Cephes): exactly 0 below EXP_LOW, NaN for NaN.
-RIL_AVX2 inline __m256 exp8(__m256 x) {
-  const __m256 live = _mm256_cmp_ps(x, _mm256_set1_ps(EXP_LOW), _CMP_NLT_UQ);  // true for NaN as well
-  const __m256 c = _mm256_max_ps(_mm256_set1_ps(EXP_LOW), x);                  // the second operand where one is NaN
-  const __m256 n = _mm256_round_ps(_mm256_mul_ps(c, _mm256_set1_ps(1.44269504088896341f)),
-                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), c);
-  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-  __m256 p = _mm256_set1_ps(1.9875691500e-4f);
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.3981999507e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(8.3334519073e-3f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.1665795894e-2f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.6666665459e-1f));
-  p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(5.0000001201e-1f));
-  p = _mm256_fmadd_ps(p, _mm256_mul_ps(r, r), _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
-  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
-  return _mm256_and_ps(_mm256_mul_ps(p, _mm256_castsi256_ps(exponent)), live);
-}
-
-// tanh (Cephes): a polynomial near 0, where 1 - 2 / (exp(2x) + 1) would cancel.
-RIL_AVX2 inline __m256 tanh8(__m256 x) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  const __m256 size = _mm256_andnot_ps(sign, x);
-  const __m256 e = exp8(_mm256_mul_ps(size, _mm256_set1_ps(-2.0f)));
-  const __m256 one = _mm256_set1_ps(1.0f);
-  const __m256 far = _mm256_or_ps(_mm256_div_ps(_mm256_sub_ps(one, e), _mm256_add_ps(one, e)), _mm256_and_ps(sign, x));
-  const __m256 s = _mm256_mul_ps(x, x);
-  __m256 p = _mm256_set1_ps(-5.70498872745e-3f);
-  p = _mm256_fmadd_ps(p, s, _mm256_set1_ps(2.06390887954e-2f));
-  p = _mm256_fmadd_ps(p, s, _mm256_set1_ps(-5.37397155531e-2f));
-  p = _mm256_fmadd_ps(p, s, _mm256_set1_ps(1.33314422036e-1f));
-  p = _mm256_fmadd_ps(p, s, _mm256_set1_ps(-3.33332819422e-1f));
-  const __m256 near = _mm256_fmadd_ps(_mm256_mul_ps(p, s), x, x);
-  return _mm256_blendv_ps(far, near, _mm256_cmp_ps(size, _mm256_set1_ps(0.625f), _CMP_LT_OQ));
-}
-
-RIL_AVX2 inline __m256 load8(const float* at) { return _mm256_loadu_ps(at); }
-RIL_AVX2 inline __m256 load8(const Bf16* at) {
-  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
-}
-RIL_AVX2 inline void store8(float* at, __m256 value) { _mm256_storeu_ps(at, value); }
-RIL_AVX2 inline void store8(Bf16* at, __m256 value) {
-  const __m256i bits = _mm256_castps_si256(value);
-  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q));
-  rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc0), is_nan);
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(at), _mm256_castsi256_si128(packed));
-}
-
-// CAPPED is known at compile time: heads without a soft-cap pay nothing for it.
-template <bool CAPPED>
-RIL_AVX2 inline Vec scaled8(__m256 logit, const Head& head) {
-  const __m256 temperature = _mm256_set1_ps(head.temperature);
-  __m256 slope = _mm256_set1_ps(1.0f / head.temperature);
-  if (!CAPPED) return {_mm256_div_ps(logit, temperature), slope};
-  const __m256 cap = _mm256_set1_ps(head.softcap);
-  const __m256 tanh = tanh8(_mm256_div_ps(logit, cap));
-  slope = _mm256_mul_ps(slope, _mm256_fnmadd_ps(tanh, tanh, _mm256_set1_ps(1.0f)));
-  return {_mm256_div_ps(_mm256_mul_ps(cap, tanh), temperature), slope};
-}
-
-RIL_AVX2 inline float sum8(__m256 v) {
-  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
-}
-
-RIL_AVX2 inline float max8(__m256 v) {
-  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
-  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
-}
-
-template <typename T, bool CAPPED>
-RIL_AVX2 void block_sums_avx2(const T* logits, int64_t count, const Head& head, Sums* sums) {
-  alignas(32) float z[BLOCK];
-  const int64_t whole = count & ~int64_t{15};
-  __m256 top0 = _mm256_set1_ps(-INF), top1 = top0;
-  for (int64_t i = 0; i < whole; i += 16) {
-    const __m256 a = scaled8<CAPPED>(load8(logits + i), head).z, b = scaled8<CAPPED>(load8(logits + i + 8), head).z;
-    _mm256_store_ps(z + i, a);
-    _mm256_store_ps(z + i + 8, b);
-    top0 = _mm256_max_ps(a, top0);
-    top1 = _mm256_max_ps(b, top1);
-  }
-  sums->rescale(max8(_mm256_max_ps(top0, top1)));
-  const __m256 top = _mm256_set1_ps(sums->top == -INF ? 0.0f : sums->top);
-  const __m256 low = _mm256_set1_ps(EXP_LOW * 2);  // keeps 0 * (-inf) out of the weight
-  __m256 mass0 = _mm256_setzero_ps(), mass1 = mass0, weight0 = mass0, weight1 = mass0;
-  for (int64_t i = 0; i < whole; i += 16) {
-    const __m256 a = _mm256_max_ps(low, _mm256_sub_ps(_mm256_load_ps(z + i), top));
-    const __m256 b = _mm256_max_ps(low, _mm256_sub_ps(_mm256_load_ps(z + i + 8), top));
-    const __m256 ea = exp8(a), eb = exp8(b);
-    mass0 = _mm256_add_ps(mass0, ea);
-    mass1 = _mm256_add_ps(mass1, eb);
-    weight0 = _mm256_fmadd_ps(ea, a, weight0);
-    weight1 = _mm256_fmadd_ps(eb, b, weight1);
-  }
-  sums->mass += sum8(_mm256_add_ps(mass0, mass1));
-  sums->weight += sum8(_mm256_add_ps(weight0, weight1));
-  if (whole < count) block_sums_scalar(logits + whole, count - whole, head, sums);
-}
-
-template <typename T, bool CAPPED>
-RIL_AVX2 void row_grad_avx2(T* logits, int64_t count, const Head& head, const LogSumExp& lse, float entropy,
-                            float grad_logprob, float grad_entropy) {
-  const __m256 high = _mm256_set1_ps(lse.high), rest = _mm256_set1_ps(lse.low), low = _mm256_set1_ps(EXP_LOW * 2);
-  // p (grad_logprob + grad_entropy (logprob + entropy)) with the constants taken together
-  const __m256 constant = _mm256_set1_ps(-(grad_logprob + grad_entropy * entropy));
-  const __m256 factor = _mm256_set1_ps(-grad_entropy);
-  const int64_t whole = count & ~int64_t{7};
-  for (int64_t i = 0; i < whole; i += 8) {
-    const Vec v = scaled8<CAPPED>(load8(logits + i), head);
-    const __m256 logprob = _mm256_max_ps(low, _mm256_sub_ps(_mm256_sub_ps(v.z, high), rest));
-    const __m256 p = exp8(logprob);
-    const __m256 inner = _mm256_fmadd_ps(factor, logprob, constant);
-    store8(logits + i, _mm256_mul_ps(v.slope, _mm256_mul_ps(p, inner)));
-  }
-  if (whole < count) {
-    row_grad_scalar(logits + whole, count - whole, head, lse, entropy, grad_logprob, grad_entropy);
-  }
-}
-
-bool has_avx2() {
-  static const bool answer = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return answer;
-}
-
-#endif
-
-template <typename T>
-void block_sums(const T* logits, int64_t count, const Head& head, bool vectors, Sums* sums) {
-#if defined(__x86_64__)
-  if (vectors && head.softcap == 0.0f) return block_sums_avx2<T, false>(logits, count, head, sums);
-  if (vectors) return block_sums_avx2<T, true>(logits, count, head, sums);
-#endif
-  (void)vectors;
-  block_sums_scalar(logits, count, head, sums);
-}
-
-template <typename T>
-void row_grad(T* logits, int64_t count, const Head& head, bool vectors, const LogSumExp& lse, float entropy,
-              float grad_logprob, float grad_entropy) {
-#if defined(__x86_64__)
-  if (vectors && head.softcap == 0.0f) {
-    return row_grad_avx2<T, false>(logits, count, head, lse, entropy, grad_logprob, grad_entropy);
-  }
-  if (vectors) return row_grad_avx2<T, true>(logits, count, head, lse, entropy, grad_logprob, grad_entropy);
-#endif
-  (void)vectors;
-  row_grad_scalar(logits, count, head, lse, entropy, grad_logprob, grad_entropy);
-}
+constexpr int32_t ISA_SCALAR = 1;  // asked for by tests, and used where there is no AVX2
 
 bool use_vectors(int32_t isa) {
 #if defined(__x86_64__)
@@ -297,90 +28,166 @@ bool use_vectors(int32_t isa) {
 #endif
 }
 
+// A tile: rows by columns of logits with a row stride, and where it lies in the vocabulary.
 template <typename T>
-int32_t stats(const T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64_t* target,
-              const float* temperature, float softcap, int32_t isa, float* logprob, float* entropy, double* lse) {
-  if (logits == nullptr || target == nullptr || temperature == nullptr) return RIL_BAD_ARGUMENT;
-  if (logprob == nullptr || entropy == nullptr || lse == nullptr) return RIL_BAD_ARGUMENT;
-  if (rows < 0 || vocab < 1 || stride < vocab || isa < ISA_AUTO || isa > ISA_SCALAR) return RIL_BAD_ARGUMENT;
-  const bool vectors = use_vectors(isa);
+struct Tile {
+  const T* logits;
+  int64_t stride, rows, columns, first, vocab;
+  const int64_t* target;     // (R,), outside [0, V): the row does not count
+  const float* temperature;  // (R,)
+  float softcap;
+  int32_t isa;
+
+  bool valid() const {
+    const bool inside = rows >= 0 && columns >= 1 && first >= 0 && first + columns <= vocab && stride >= columns;
+    return logits && target && temperature && inside && isa >= ISA_AUTO && isa <= ISA_SCALAR;
+  }
+  bool counts(int64_t row) const { return target[row] >= 0 && target[row] < vocab; }
+  bool holds_target(int64_t row) const { return target[row] >= first && target[row] < first + columns; }
+  int64_t blocks() const { return (columns + BLOCK - 1) / BLOCK; }
+  int64_t block_size(int64_t block) const { return block + 1 < blocks() ? BLOCK : columns - block * BLOCK; }
+};
+
+template <typename T>
+int32_t stats(const Tile<T>& tile, Sums* all_sums, float* kept, int64_t kept_stride, float* tops, float* logprob,
+              float* entropy, double* lse) {
+  if (!tile.valid() || !all_sums || !logprob || !entropy || !lse) return RIL_BAD_ARGUMENT;
+  const bool can_keep = std::is_same<T, float>::value && tile.softcap == 0.0f && kept_stride >= tile.columns;
+  if ((kept == nullptr) != (tops == nullptr) || (kept != nullptr && !can_keep)) return RIL_BAD_ARGUMENT;
+  const bool vectors = use_vectors(tile.isa), last = tile.first + tile.columns == tile.vocab;
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    if (target[row] < 0 || target[row] >= vocab) {  // a row that does not count
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    Sums& sums = all_sums[row];
+    if (tile.first == 0) sums = {-INF, 0.0, 0.0, 0.0};
+    if (!tile.counts(row)) {
       logprob[row] = entropy[row] = 0.0f;
       lse[row] = 0.0;
       continue;
     }
-    const T* line = logits + row * stride;
-    const Head head{temperature[row], softcap};
-    Sums sums;
-    for (int64_t i = 0; i < vocab; i += BLOCK) {
-      block_sums(line + i, vocab - i < BLOCK ? vocab - i : BLOCK, head, vectors, &sums);
-    }
-    const double log_mass = std::log(sums.mass);
+    const T* line = tile.logits + row * tile.stride;
+    const Head head{tile.temperature[row], tile.softcap};
     float slope;
-    const float chosen = scaled(widen(line[target[row]]), head, &slope);
+    if (tile.holds_target(row)) sums.chosen = scaled(widen(line[tile.target[row] - tile.first]), head, &slope);
+    for (int64_t block = 0; block < tile.blocks(); ++block) {
+      float* const out = kept == nullptr ? nullptr : kept + row * kept_stride + block * BLOCK;
+      block_sums(line + block * BLOCK, tile.block_size(block), head, vectors, &sums, out);
+      if (tops != nullptr) tops[row * tile.blocks() + block] = sums.origin();
+    }
+    if (!last) continue;
+    const double log_mass = std::log(sums.mass);
     // Relative to the top, not to the log-sum-exp: the difference of two large float32 would lose digits.
-    logprob[row] = static_cast<float>(static_cast<double>(chosen) - sums.top - log_mass);
+    logprob[row] = static_cast<float>(sums.chosen - sums.top - log_mass);
     entropy[row] = static_cast<float>(log_mass - sums.weight / sums.mass);
     lse[row] = sums.top + log_mass;
   }
   return RIL_OK;
 }
 
+// d(logits) of a row from its logits.
 template <typename T>
-int32_t grad(T* logits, int64_t stride, int64_t rows, int64_t vocab, const int64_t* target, const float* temperature,
-             float softcap, int32_t isa, const double* lse, const float* entropy, const float* grad_logprob,
-             const float* grad_entropy) {
-  if (logits == nullptr || target == nullptr || temperature == nullptr || lse == nullptr) return RIL_BAD_ARGUMENT;
-  if (entropy == nullptr || grad_logprob == nullptr || grad_entropy == nullptr) return RIL_BAD_ARGUMENT;
-  if (rows < 0 || vocab < 1 || stride < vocab || isa < ISA_AUTO || isa > ISA_SCALAR) return RIL_BAD_ARGUMENT;
-  const bool vectors = use_vectors(isa);
+void grad_of_logits(const Tile<T>& tile, int64_t row, T* out, bool vectors, double lse, float entropy,
+                    float grad_logprob, float grad_entropy) {
+  const T* line = tile.logits + row * tile.stride;
+  const Head head{tile.temperature[row], tile.softcap};
+  const LogSumExp total(lse);
+  const int64_t own = tile.target[row] - tile.first;
+  float slope = 0.0f, logprob = 0.0f;
+  if (tile.holds_target(row)) logprob = total.logprob(scaled(widen(line[own]), head, &slope));
+  row_grad(line, out, tile.columns, head, vectors, total, entropy, grad_logprob, grad_entropy);
+  if (!tile.holds_target(row)) return;
+  // The target's own element, in one rounding: 1 - p and not p subtracted from what was rounded already.
+  const float p = exp_or_zero(logprob);
+  const float through_entropy = p == 0.0f ? 0.0f : p * grad_entropy * (logprob + entropy);
+  narrow(slope * (grad_logprob * (1.0f - p) - through_entropy), out + own);
+}
+
+// d(logits) of a row from the exp(z - top) that `stats` kept: p is that times exp(top - lse), one factor per block.
+void grad_of_kept(const Tile<float>& tile, int64_t row, float* out, const float* tops, double lse, float grad_logprob) {
+  const float* line = tile.logits + row * tile.stride;
+  const float push = grad_logprob / tile.temperature[row];
+  const int64_t own = tile.target[row] - tile.first;
+  float own_p = 0.0f;
+  for (int64_t block = 0; block < tile.blocks(); ++block) {
+    const double share = std::exp(tops[block] - lse);
+    const int64_t begin = block * BLOCK, end = begin + tile.block_size(block);
+    if (own >= begin && own < end) own_p = static_cast<float>(line[own] * share);
+    const float factor = static_cast<float>(-push * share);
+    for (int64_t i = begin; i < end; ++i) out[i] = factor * line[i];
+  }
+  if (tile.holds_target(row)) out[own] = push * (1.0f - own_p);
+}
+
+template <typename T>
+int32_t grad(const Tile<T>& tile, T* out, int64_t out_stride, const float* tops, const double* lse,
+             const float* entropy, const float* grad_logprob, const float* grad_entropy) {
+  if (!tile.valid() || !out || out_stride < tile.columns || !lse || !entropy || !grad_logprob) return RIL_BAD_ARGUMENT;
+  constexpr bool KEEPS = std::is_same<T, float>::value;
+  // What is kept has lost the logits that the gradients of entropy and soft-cap need.
+  if (tops != nullptr ? (!KEEPS || grad_entropy != nullptr || tile.softcap != 0.0f) : grad_entropy == nullptr) {
+    return RIL_BAD_ARGUMENT;
+  }
+  const bool vectors = use_vectors(tile.isa);
 #pragma omp parallel for schedule(static)
-  for (int64_t row = 0; row < rows; ++row) {
-    T* line = logits + row * stride;
-    const bool counts = target[row] >= 0 && target[row] < vocab;
-    if (!counts || (grad_logprob[row] == 0.0f && grad_entropy[row] == 0.0f)) {
-      std::memset(line, 0, static_cast<size_t>(vocab) * sizeof(T));
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    T* line = out + row * out_stride;
+    const float bonus = grad_entropy == nullptr ? 0.0f : grad_entropy[row];
+    if (!tile.counts(row) || (grad_logprob[row] == 0.0f && bonus == 0.0f)) {
+      std::memset(line, 0, static_cast<size_t>(tile.columns) * sizeof(T));
       continue;
     }
-    const Head head{temperature[row], softcap};
-    float slope;
-    const float logit = widen(line[target[row]]);
-    const LogSumExp total(lse[row]);
-    const float logprob = total.logprob(scaled(logit, head, &slope));
-    row_grad(line, vocab, head, vectors, total, entropy[row], grad_logprob[row], grad_entropy[row]);
-    // The target's own element, in one rounding: 1 - p and not p subtracted from what was rounded already.
-    const float p = exp_or_zero(logprob);
-    const float through_entropy = p == 0.0f ? 0.0f : p * grad_entropy[row] * (logprob + entropy[row]);
-    narrow(slope * (grad_logprob[row] * (1.0f - p) - through_entropy), line + target[row]);
+    if constexpr (KEEPS) {
+      if (tops != nullptr) {
+        grad_of_kept(tile, row, line, tops + row * tile.blocks(), lse[row], grad_logprob[row]);
+        continue;
+      }
+    }
+    grad_of_logits(tile, row, line, vectors, lse[row], entropy[row], grad_logprob[row], bonus);
   }
   return RIL_OK;
 }
 
 }  // namespace
 
-// logits (R, V) with a row stride in elements, target (R,) int64 (outside [0, V): the row does not count),
-// temperature (R,), softcap 0 for none, isa 0 auto or 1 scalar -> logprob, entropy, lse (R,), all written.
-#define RIL_LOGITS_STATS(name, type)                                                                                  \
-  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t vocab,                 \
-                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,     \
-                                     float* logprob, float* entropy, double* lse) {                                   \
-    return stats(static_cast<const type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, logprob,   \
-                 entropy, lse);                                                                                       \
+// A tile of logits (see Tile) -> sums (R, 4), carried from the tile before; log-prob, entropy and log-sum-exp (R,) are
+// written with the last tile of a row. kept (R, C) float32, which may be the tile, gets exp(z - top), and tops
+// (R, blocks of 1024) the tops; both or neither is given.
+#define RIL_TILE_STATS(name, type)                                                                                    \
+  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t columns,               \
+                                     int64_t first, int64_t vocab, const int64_t* target, const float* temperature,   \
+                                     float softcap, int32_t isa, double* sums, float* kept, int64_t kept_stride,      \
+                                     float* tops, float* logprob, float* entropy, double* lse) {                      \
+    return stats(Tile<type>{static_cast<const type*>(logits), stride, rows, columns, first, vocab, target,            \
+                            temperature, softcap, isa},                                                               \
+                 reinterpret_cast<Sums*>(sums), kept, kept_stride, tops, logprob, entropy, lse);                      \
   }
-RIL_LOGITS_STATS(ril_logits_stats_f32, float)
-RIL_LOGITS_STATS(ril_logits_stats_bf16, Bf16)
+RIL_TILE_STATS(ril_tile_stats_f32, float)
+RIL_TILE_STATS(ril_tile_stats_bf16, Bf16)
 
-// The same, with lse and entropy of logits_stats and the gradients of log-prob and entropy -> logits become
-// d(logits); rows that do not count, or whose two gradients are 0, become 0.
-#define RIL_LOGITS_GRAD(name, type)                                                                                   \
-  extern "C" RIL_EXPORT int32_t name(void* logits, int64_t stride, int64_t rows, int64_t vocab,                       \
-                                     const int64_t* target, const float* temperature, float softcap, int32_t isa,     \
+// The same tile, or what tile_stats kept of it, and the row's gradients -> d(logits) in out, which may be the tile.
+// Rows that do not count, or whose gradients are 0, become 0. Either tops of tile_stats or grad_entropy is given.
+#define RIL_TILE_GRAD(name, type)                                                                                     \
+  extern "C" RIL_EXPORT int32_t name(const void* logits, int64_t stride, int64_t rows, int64_t columns,               \
+                                     int64_t first, int64_t vocab, const int64_t* target, const float* temperature,   \
+                                     float softcap, int32_t isa, void* out, int64_t out_stride, const float* tops,    \
                                      const double* lse, const float* entropy, const float* grad_logprob,              \
                                      const float* grad_entropy) {                                                     \
-    return grad(static_cast<type*>(logits), stride, rows, vocab, target, temperature, softcap, isa, lse, entropy,     \
-                grad_logprob, grad_entropy);                                                                          \
+    return grad(Tile<type>{static_cast<const type*>(logits), stride, rows, columns, first, vocab, target,             \
+                           temperature, softcap, isa},                                                                \
+                static_cast<type*>(out), out_stride, tops, lse, entropy, grad_logprob, grad_entropy);                 \
   }
-RIL_LOGITS_GRAD(ril_logits_grad_f32, float)
-RIL_LOGITS_GRAD(ril_logits_grad_bf16, Bf16)
+RIL_TILE_GRAD(ril_tile_grad_f32, float)
+RIL_TILE_GRAD(ril_tile_grad_bf16, Bf16)
+
+// Ask for huge pages in [memory, memory + bytes): a new buffer of half a gigabyte is 139,000 page faults otherwise.
+// A hint: without such pages nothing changes.
+extern "C" RIL_EXPORT int32_t ril_huge_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+  return RIL_OK;
+}

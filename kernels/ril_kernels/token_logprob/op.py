@@ -13,15 +13,8 @@ from ril_kernels._checks import (
     check_tensor,
     refuse,
 )
-from ril_kernels.token_logprob.chunks import (
-    BACKENDS,
-    Head,
-    HeadGradients,
-    counted_rows,
-    put_back,
-    resolve_backend,
-    take,
-)
+from ril_kernels.token_logprob.fused import fused_token_logprob
+from ril_kernels.token_logprob.head import BACKENDS, counted_rows, resolve_backend
 from ril_kernels.token_logprob.reference import IGNORE_INDEX, token_logprob_reference
 
 
@@ -61,60 +54,6 @@ def check_head_inputs(
     if softcap is not None:
         check_number("softcap", softcap, "Pass the model's final_logit_softcapping, or None for none.")
     return shapes
-
-
-class _TokenLogprob(torch.autograd.Function):
-    """One GEMM forward; backward makes the logits again, chunk by chunk, and needs three."""
-
-    @staticmethod
-    def forward(ctx, hidden, lm_head, bias, target, temperature, softcap, backend) -> tuple[Tensor, Tensor]:
-        head = Head(hidden, lm_head, target, bias, temperature, softcap, backend)
-        logprob, entropy, lse = all_stats(head)
-        ctx.save_for_backward(hidden, lm_head, bias, target, head.temperature, lse, entropy)
-        ctx.softcap, ctx.backend = softcap, backend
-        ctx.set_materialize_grads(False)
-        return logprob, entropy
-
-    @staticmethod
-    def backward(ctx, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> tuple:
-        hidden, lm_head, bias, target, temperature, lse, entropy = ctx.saved_tensors
-        if grad_logprob is None and grad_entropy is None:
-            return (None,) * 7
-        grads = [torch.zeros_like(entropy) if g is None else g.contiguous() for g in (grad_logprob, grad_entropy)]
-        head = Head(hidden, lm_head, target, bias, temperature, ctx.softcap, ctx.backend)
-        gradients = HeadGradients(head, ctx.needs_input_grad[:3])
-        for part, logits in head.chunks():
-            head.grad_(part, logits, lse[part], entropy[part], *(g[part] for g in grads))
-            gradients.add(part, logits)
-        return *gradients.results(), None, None, None, None
-
-
-def all_stats(head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and log-sum-exp of every row, (T,) each; keeps nothing else."""
-    parts = [head.stats(part, logits) for part, logits in head.chunks()]
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
-
-
-def fused_token_logprob(
-    hidden: Tensor,
-    lm_head: Tensor,
-    target: Tensor,  # below 0: the row does not count
-    bias: Tensor | None,
-    temperature: float | Tensor,
-    softcap: float | None,
-    backend: str,
-    rows: Tensor | None,  # counted_rows
-) -> tuple[Tensor, Tensor]:
-    """`token_logprob_reference` in chunks: one GEMM forward, three backward."""
-    wants_grad = torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (hidden, lm_head, bias))
-    num_tokens = len(target)
-    hidden, target, temperature = take(rows, hidden, target, temperature)
-    if wants_grad:
-        logprob, entropy = _TokenLogprob.apply(hidden, lm_head, bias, target, temperature, softcap, backend)
-    else:
-        logprob, entropy, _ = all_stats(Head(hidden, lm_head, target, bias, temperature, softcap, backend))
-    logprob, entropy = put_back(rows, num_tokens, logprob, entropy)
-    return logprob, entropy
 
 
 def token_logprob(
