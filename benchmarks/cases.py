@@ -29,6 +29,7 @@ MODELS = {
     "InternVL3-2B": (1536, 151_674),
     "InternVL3-8B": (3584, 151_674),
     "Llama-3-8B": (4096, 128_256),
+    "Qwen2.5-0.5B": (896, 151_936),
     "small": (128, 2048),
 }
 # device, full -> tokens and what H and V are divided by. A scaled head keeps the ratio of GEMM to epilogue within 4.
@@ -118,7 +119,10 @@ def token_logprob_case(name: str, tokens: int, hidden: int, vocabulary: int, dty
     )
 
 
-def policy_loss_case(name: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+def policy_loss_case(
+    name: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str, idle_half: bool = False
+) -> Case:
+    """With `idle_half`, half of the groups have equal rewards and no KL: their tokens need no GEMM."""
     inputs = _head_inputs(tokens, hidden, vocabulary, dtype, device)
     responses = tokens // RESPONSE_LENGTH
     with torch.no_grad():
@@ -137,15 +141,19 @@ def policy_loss_case(name: str, tokens: int, hidden: int, vocabulary: int, dtype
     candidates = {
         BASELINE: lambda **inputs: policy_loss(**inputs, backend="reference")[0],
         "ril_kernels": lambda **inputs: policy_loss(**inputs)[0],
-        **loss_peers(device),
+        **({} if idle_half else loss_peers(device)),
     }
+    if idle_half:
+        inputs["rewards"][: responses // 2], inputs["beta"] = 1.0, 0.0
+        inputs["rewards"][responses // 2 :: 2] += 3.0
+        name += ", half of the groups of one mind"
     return Case(
         "policy_loss",
         f"policy_loss {name} T={tokens} N={responses} H={hidden} V={vocabulary}",
         inputs,
         candidates,
         {BOTH: _gemms(inputs, True)},
-        "3 GEMMs",
+        "3 GEMMs of all tokens",
         _gemm_flops(inputs),
         grad=("hidden", "lm_head"),
         no_grad=False,
@@ -211,6 +219,8 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, Callable[[], C
                 shape = (tokens, hidden // less_hidden, vocabulary // less_vocabulary)
                 name += "" if less_hidden == 1 else f" (H/{less_hidden}, V/{less_vocabulary})"
             cases.append((op, partial(build, name, *shape, dtype, device)))
+            if op == "policy_loss" and name.startswith("Qwen2.5-0.5B"):
+                cases.append((op, partial(build, name, *shape, dtype, device, idle_half=True)))
     if device == "cpu":
         cases += [("group_advantages", partial(group_advantages_case, num, device)) for num in (64, 65_536)]
     size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)

@@ -274,6 +274,11 @@ def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
 _kept = threading.local()
 
 
+def release() -> None:
+    """Give back the memory that this thread's tiles have kept: at most WORK_BYTES, or one tile."""
+    vars(_kept).clear()
+
+
 def _work(like: Tensor, elements: int) -> Tensor:
     """Uninitialised memory for this call, of the dtype of `like`. On the small benchmark case new pages cost twice as
     much as the GEMMs."""
