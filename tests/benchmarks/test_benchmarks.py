@@ -92,10 +92,10 @@ def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
 
 
 def test_cases_bear_the_names_of_models():
-    assert [op for op, _ in all_cases("cpu")[:14]] == ["token_logprob"] * 7 + ["policy_loss"] * 7
+    assert [op for op, _ in all_cases("cpu")[:17]] == ["token_logprob"] * 8 + ["policy_loss"] * 9
     scaled = all_cases("cpu")[2][1]
     assert scaled.args[:4] == ("InternVL3-1B (H/4, V/16)", 128, 224, 9479)
-    assert all_cases("cpu", full=True)[9][1].args[:4] == ("InternVL3-1B", 1024, 896, 151_674)
+    assert all_cases("cpu", full=True)[10][1].args[:4] == ("InternVL3-1B", 1024, 896, 151_674)
     assert all_cases("cuda")[5][1].args[:5] == ("Llama-3-8B", 8192, 4096, 128_256, torch.bfloat16)
 
 
