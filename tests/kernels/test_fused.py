@@ -28,6 +28,7 @@ BUDGETS = {
     "row by row": {"WORK_BYTES": 1, "MAX_ROWS": 1, "CACHE_BYTES": 1},
     "a few rows and columns": {"WORK_BYTES": 2000, "TILE_BYTES": 100, "MAX_ROWS": 3},
     "columns one by one": {"TILE_BYTES": 1},
+    "a later tile is the largest": {"TILE_BYTES": 2500, "MAX_ROWS": 3},
 }
 
 

@@ -6,7 +6,7 @@ and new pages. The memory of the tiles is this thread's, kept from call to call.
 - All rows go through one sweep over the vocabulary where they can, so that lm_head is streamed from memory once per
   GEMM. The training pass must hold R x V logits until a row's last column is known, and R is what a memory budget
   allows. But d(lm_head), (V, H), is written only afterwards, column by column: until then its memory holds the logits
-  of H rows. So a batch of H tokens and more takes one sweep, and needs no more memory than a tile and its gradients.
+  of H rows. So a batch of up to H tokens, and a few hundred more, takes one sweep.
 - Where the logits need no second reading (no soft-cap, no gradient of the entropy) the first half keeps
   exp(logit - top) instead, and the second multiplies it by one number per row and block: no exp is taken twice.
 """
@@ -212,13 +212,11 @@ class TiledPass:
     def _tiles(self, whole_rows: bool) -> Iterator[tuple[slice, slice, Tensor]]:
         """Tiles that nothing holds, in a buffer that the next one overwrites."""
         most = WORK_BYTES // self._row_bytes() if whole_rows else MAX_ROWS
-        buffer = None
         for rows in spans(self.num_tokens, self._cached_rows(most)):
             count = rows.stop - rows.start
             for columns in self._columns(count, whole_rows):
-                if buffer is None:  # the first tile is the largest
-                    buffer = _work(self.head.hidden, count * columns.stop)
-                yield rows, columns, _matrix(buffer, count, columns.stop - columns.start)
+                width = columns.stop - columns.start
+                yield rows, columns, _matrix(_work(self.head.hidden, count * width), count, width)
 
     def _chunks(self, lends: bool) -> list[_Chunk]:
         most, first = self._cached_rows(WORK_BYTES // self._row_bytes()), []
