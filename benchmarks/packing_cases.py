@@ -1,7 +1,7 @@
 """policy_pack: the policy's forward and backward over one question group: a row per response, packed, and shared.
 
-P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of padded rows, with the
-loss op and the head on response positions only, as `packing: padded` has it; no row is padded here, for all are as long.
+P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with the
+loss op and the head on response positions only, as `packing: padded` has it; all rows are as long, so none is padded.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def qwen2_5_vl(layers: int = 4) -> nn.Module:
 
 
 class _Question(Encoder):
-    """An encoder of one question, whose prompt is made of random words and a picture of noise."""
+    """An encoder of one question, whose prompt is random words and a picture of noise."""
 
     def __init__(self, model: nn.Module, picture: tuple[int, int], num_tokens: int):
         from transformers import Qwen2VLImageProcessor
