@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import runner
-from benchmarks.cases import OPS, Case, all_cases
+from benchmarks.case import Case
+from benchmarks.cases import OPS, all_cases
 from benchmarks.report import KERNELS, write_results
 from ril_engine.errors import UserError, exit_code
 
@@ -89,10 +90,14 @@ def _run(arguments: argparse.Namespace) -> dict:
 
 def _print_row(row: dict) -> None:
     text = f"  {row['candidate']:<36} {row['pass']:<9} {row['ratio']['p50']:6.2f} x baseline"
+    if "tokens" in row:
+        text += f" {row['tokens']:6} tokens"
     if "floor_share" in row:
         text += f" {row['floor_share']:5.0%} of floor"
     if row.get("peak_share"):
         text += f", {row['peak_share']['flops']:.0%} of peak FLOP/s, {row['peak_share']['bytes']:.0%} of peak bytes/s"
+    if "exponent" in row:
+        text += f", time grows as tokens^{row['exponent']:.2f}"
     print(text, file=sys.stderr, flush=True)
 
 
@@ -130,7 +135,9 @@ def main() -> int:
             "--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART"
         )
         each.add_argument(
-            "--full", action="store_true", help="the models' own H and V on a CPU too: gigabytes, minutes"
+            "--full",
+            action="store_true",
+            help="the models' own H and V on a CPU too, and the large packs: gigabytes, minutes",
         )
         each.add_argument("--device", choices=("cpu", "cuda"), default=default)
     commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")

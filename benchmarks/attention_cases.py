@@ -5,8 +5,6 @@ T packed tokens, Hq query heads, Hkv key heads, D head size, P prefix and R resp
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -15,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BASELINE, BOTH, NO_GRAD, Case
+from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
 from ril_kernels import PackLayout, prefix_attention
 from ril_kernels.prefix_attention.reference import prefix_attention_reference
 
@@ -27,6 +25,7 @@ GROUPS: dict[str, Groups] = {
     "ragged, 4 groups": [(200 + 40 * group, [8 + 7 * (group + i) % 57 for i in range(8)]) for group in range(4)],
     "P=0 R=32 x16": [(0, [32] * 16)],
 }
+SIZES = (1024, 2048, 4096, 8192, 16_384, 32_768)  # T of the growth case
 
 
 def _members(layout: PackLayout) -> Iterator[tuple[slice | None, list[slice]]]:
@@ -113,15 +112,19 @@ def _gemms(inputs: dict, training: bool) -> Callable[[], object]:
     return run
 
 
+def _qkv(num_tokens: int, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
+    num_query, num_key, head_size = HEADS
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(num_tokens, heads, head_size, generator=generator).to(device, dtype)
+        for name, heads in (("query", num_query), ("key", num_key), ("value", num_key))
+    }
+
+
 def prefix_attention_case(name: str, groups: Groups, dtype: torch.dtype, device: str) -> Case:
     layout = PackLayout.from_groups(groups)
     num_query, num_key, head_size = HEADS
-    generator = torch.Generator().manual_seed(0)
-    inputs = {
-        name: torch.randn(layout.num_tokens, heads, head_size, generator=generator).to(device, dtype)
-        for name, heads in (("query", num_query), ("key", num_key), ("value", num_key))
-    }
-    inputs |= {"layout": layout, "scale": head_size**-0.5}
+    inputs = _qkv(layout.num_tokens, dtype, device) | {"layout": layout, "scale": head_size**-0.5}
     reads = sum(n * (n + 1) // 2 for n in layout.starts.diff().tolist())
     for prefix, responses in _members(layout):
         if prefix:
@@ -144,30 +147,35 @@ def prefix_attention_case(name: str, groups: Groups, dtype: torch.dtype, device:
     )
 
 
-def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return [
-        ("prefix_attention", partial(prefix_attention_case, name, groups, dtype, device))
-        for name, groups in GROUPS.items()
-    ]
+def growth_case(sizes: Sequence[int], dtype: torch.dtype, device: str) -> Case:
+    """One group, which a candidate packs as often as makes its T; the mean over the copies is the same for all."""
+    group = GROUPS["P=256 R=32 x8"]
+    each = PackLayout.from_groups(group).num_tokens
+
+    def times(count: int) -> Callable[..., Tensor]:
+        layout = PackLayout.from_groups(group * count)
+
+        def candidate(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            copies = (x.repeat(count, 1, 1) for x in (query, key, value))
+            return prefix_attention(*copies, layout=layout).unflatten(0, (count, each)).mean(dim=0)
+
+        return candidate
+
+    return Case(
+        "prefix_attention",
+        f"prefix_attention growth, T={sizes[0]} to {sizes[-1]}",
+        _qkv(each, dtype, device),
+        {f"T={size}": times(size // each) for size in sizes},
+        {},
+        "",
+        grad=("query", "key", "value"),
+        no_grad=False,
+        tokens={f"T={size}": size for size in sizes},
+        grows=True,
+    )
 
 
-def scaling(tokens: Sequence[int] = (1024, 2048, 4096, 8192, 16_384, 32_768), rounds: int = 3) -> dict:
-    """Seconds of forward and backward on a CPU for packs of groups of 512 tokens (P=256, R=32 x 8), the least of some
-    rounds, and the exponent that fits seconds = c * tokens^exponent."""
-    num_query, num_key, head_size = HEADS
-    seconds = {}
-    for num_tokens in tokens:
-        layout = PackLayout.from_groups([(256, [32] * 8)] * (num_tokens // 512))
-        query, key, value = (torch.randn(num_tokens, heads, head_size) for heads in (num_query, num_key, num_key))
-        leaves = [x.requires_grad_() for x in (query, key, value)]
-        taken = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            out = prefix_attention(query, key, value, layout=layout)
-            torch.autograd.grad(out, leaves, torch.ones_like(out))
-            taken.append(time.perf_counter() - start)
-        seconds[num_tokens] = min(taken)
-    x, y = (torch.tensor([math.log(n) for n in each], dtype=torch.float64) for each in (seconds, seconds.values()))
-    x, y = x - x.mean(), y - y.mean()
-    return {"seconds": seconds, "exponent": float((x * y).sum() / (x * x).sum())}
+def all_cases(dtype: torch.dtype, device: str, full: bool) -> list[tuple[str, Callable[[], Case]]]:
+    sizes = SIZES if full or device == "cuda" else SIZES[:4]
+    cases = [partial(prefix_attention_case, name, groups, dtype, device) for name, groups in GROUPS.items()]
+    return [("prefix_attention", build) for build in (*cases, partial(growth_case, sizes, dtype, device))]

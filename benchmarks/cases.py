@@ -1,4 +1,4 @@
-"""What is timed: the cases of each op, its candidates and the floors below which no candidate can go.
+"""What is timed: the cases of each op; attention_cases.py and packing_cases.py have those of packs.
 
 T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by one line in `candidates`, or in peers.py.
 """
@@ -6,21 +6,19 @@ T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by on
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor
 
+from benchmarks import attention_cases, packing_cases
+from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
 from benchmarks.peers import logprob_peers, loss_peers
 from ril_kernels import discriminator_head, group_advantages, policy_loss, token_logprob
 from ril_kernels.discriminator_head.reference import discriminator_head_reference
 from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.token_logprob.reference import token_logprob_reference
 
-BASELINE = "reference"  # our own definition in plain PyTorch, in the case's dtype
-NO_GRAD, FORWARD, BACKWARD, BOTH = "no-grad", "forward", "backward", "both"
-OPS = ("token_logprob", "policy_loss", "group_advantages", "discriminator_head")
+OPS = ("token_logprob", "policy_loss", "group_advantages", "discriminator_head", "prefix_attention", "policy_pack")
 # H and V of the language model's head, as the checkpoints' config.json have them.
 MODELS = {
     "Qwen2.5-VL-3B": (2048, 151_936),
@@ -36,27 +34,6 @@ MODELS = {
 SIZES = {("cpu", False): (128, 4, 16), ("cpu", True): (1024, 1, 1), ("cuda", False): (8192, 1, 1)}
 RESPONSE_LENGTH, GROUP_SIZE = 32, 4
 FLOOR_ROWS = (128, 256, 342)  # and all of T
-
-
-@dataclass
-class Case:
-    """One problem. Every candidate takes `inputs` and returns one tensor, which `grad` inputs have a gradient of."""
-
-    op: str
-    name: str
-    inputs: dict
-    candidates: dict[str, Callable[..., Tensor]]
-    # pass -> forms of the work that nobody can leave out (bare GEMMs, or a copy of bytes); the fastest counts
-    floors: dict[str, list[Callable[[], object]]]
-    floor_name: str
-    flops: dict[str, int] = field(default_factory=dict)  # pass -> of the GEMMs
-    num_bytes: int = 0  # read and written once
-    grad: tuple[str, ...] = ()  # inputs that want a gradient
-    no_grad: bool = True  # whether the op is used without a gradient too
-
-    @property
-    def passes(self) -> tuple[str, ...]:
-        return (NO_GRAD,) * self.no_grad + ((FORWARD, BACKWARD, BOTH) if self.grad else ())
 
 
 def _head_inputs(tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> dict:
@@ -224,4 +201,5 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, Callable[[], C
     if device == "cpu":
         cases += [("group_advantages", partial(group_advantages_case, num, device)) for num in (64, 65_536)]
     size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
-    return [*cases, ("discriminator_head", partial(discriminator_head_case, *size, dtype, device))]
+    cases.append(("discriminator_head", partial(discriminator_head_case, *size, dtype, device)))
+    return cases + attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cases import BACKWARD, BOTH, FORWARD, NO_GRAD
+from benchmarks.case import BACKWARD, BOTH, FORWARD, NO_GRAD
 from ril_engine.errors import UserError
 from ril_engine.runlog import read_jsonl
 
@@ -16,7 +16,8 @@ A ratio is a candidate's time over the baseline's in the same round of one proce
 percentile where it is "no-grad" or "both"): below 1 is faster. "both" is forward and backward together; a candidate
 that makes its gradients in the forward pass has an empty backward. Milliseconds on a shared machine mean little, and
 are in the rows. "Of floor" is the time of the bare GEMMs in buffers that exist already, at their fastest chunk (or of a
-copy of the bytes that must move), over the candidate's. Peak MiB holds outputs and gradients.
+copy of the bytes that must move), over the candidate's. Peak MiB holds outputs and gradients. "tokens" are the
+positions that a candidate computes, where candidates differ in it.
 """
 
 KERNELS = "kernels.jsonl"
@@ -61,16 +62,21 @@ def write_results(folder: Path, path: Path) -> Path:
 
 def _table(rows: list[dict]) -> str:
     """One case: a line per candidate."""
+    counted = any("tokens" in row for row in rows)
+    columns = [COLUMNS[0], *["tokens"] * counted, *COLUMNS[1:]]
+    notes = [f"Floor: {rows[0]['floor']}."] if rows[0]["floor"] else []
+    notes.append(f"{max(row['rounds'] for row in rows)} rounds.")
+    notes += [f"Time grows as tokens^{row['exponent']:.2f}." for row in rows[-1:] if "exponent" in row]
     lines = [
         f"### {rows[0]['case']}, {rows[0]['dtype']}\n",
-        f"Floor: {rows[0]['floor']}. {max(row['rounds'] for row in rows)} rounds.\n",
-        f"| {' | '.join(COLUMNS)} |",
-        f"|{'---|' * len(COLUMNS)}",
+        " ".join(notes) + "\n",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
     ]
     for candidate in dict.fromkeys(row["candidate"] for row in rows):
         by_pass = {row["pass"]: row for row in rows if row["candidate"] == candidate}
         last = by_pass[BOTH if BOTH in by_pass else NO_GRAD]
-        cells = [candidate]
+        cells = [candidate, *[str(last.get("tokens", ""))] * counted]
         for each in (NO_GRAD, FORWARD, BACKWARD, BOTH):
             row = by_pass.get(each)
             ratio = row and row["ratio"]

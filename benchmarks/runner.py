@@ -9,6 +9,8 @@ floor_share   the same for the floor's latency (bare GEMMs, or a copy of the byt
 peak_mib      most memory that one call allocates on top of its inputs, outputs and gradients included. CUDA: the
               allocator's peak. CPU: the running sum of the allocations that torch's profiler records; what C++ holds
               itself is not in it.
+tokens        positions that this candidate computes, where candidates differ in it
+exponent      k where time is fitted by tokens^k over a case's candidates
 peak_share    CUDA: GEMM FLOPs and bytes of the case per second over the device's peak, where PEAKS knows it
 """
 
@@ -29,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BACKWARD, BASELINE, BOTH, FORWARD, NO_GRAD, Case
+from benchmarks.case import BACKWARD, BOTH, FORWARD, NO_GRAD, Case
 from ril_kernels.token_logprob import tiles
 
 FLOOR = "floor"
@@ -67,9 +69,9 @@ def wrong(case: Case) -> dict[str, str]:
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
     }
-    truth = _results(case, case.candidates[BASELINE], exact)
+    truth = _results(case, case.candidates[case.baseline], exact)
     allowed = []
-    for usual, true in zip(_results(case, case.candidates[BASELINE], case.inputs), truth, strict=True):
+    for usual, true in zip(_results(case, case.candidates[case.baseline], case.inputs), truth, strict=True):
         own = float((usual.double() - true).abs().max())
         allowed.append(3 * own + TOLERANCE[usual.dtype] * max(1.0, float(true.abs().max())))
     labels = ("output", *(f"gradient of {each}" for each in case.grad))
@@ -173,13 +175,25 @@ def measure(case: Case, device: str, rounds: int) -> dict[tuple[str, str], dict]
     out = {}
     for (name, each), values in seconds.items():
         row = out[name, each] = {"latency_ms": _quantiles([value * 1e3 for value in values])}
-        row["ratio"] = _quotients(values, seconds[BASELINE, each])
+        row["ratio"] = _quotients(values, seconds[case.baseline, each])
         if (FLOOR, each) in seconds:
             row["floor_share"] = _quotients(seconds[FLOOR, each], values)["p50"]
             row["peak_share"] = _peak_share(case, each, row["latency_ms"]["p50"] / 1e3, device)
-            if name != FLOOR:
-                row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
+        if name != FLOOR and each in (NO_GRAD, BOTH):
+            row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
+        if name in case.tokens:
+            row["tokens"] = case.tokens[name]
+        if case.grows:
+            row["exponent"] = _exponent(case.tokens, {n: seconds[n, each] for n in case.candidates})
     return out
+
+
+def _exponent(tokens: dict[str, int], seconds: dict[str, list[float]]) -> float:
+    """k of the line that fits log(median seconds) = k * log(tokens) + c."""
+    pairs = [(tokens[name], _quantiles(values)["p50"]) for name, values in seconds.items()]
+    x, y = torch.tensor(pairs, dtype=torch.float64).log().T
+    x, y = x - x.mean(), y - y.mean()
+    return float((x * y).sum() / (x * x).sum())
 
 
 def _peak_share(case: Case, each: str, seconds: float, device: str) -> dict[str, float] | None:

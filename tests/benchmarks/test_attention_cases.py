@@ -1,7 +1,8 @@
+import pytest
 import torch
 
 from benchmarks import attention_cases, runner
-from benchmarks.cases import BOTH, NO_GRAD
+from benchmarks.case import BOTH, NO_GRAD
 
 
 def test_candidates_are_right_and_counted():
@@ -21,6 +22,14 @@ def test_a_wrong_candidate_is_seen():
     assert list(runner.wrong(case)) == ["twice"]
 
 
-def test_scaling_fits_an_exponent():
-    result = attention_cases.scaling(tokens=(512, 1024), rounds=1)
-    assert list(result["seconds"]) == [512, 1024] and 0 < result["exponent"] < 3
+def test_growth_is_one_problem_in_sizes_and_fits_an_exponent():
+    case = attention_cases.growth_case((512, 1024), torch.float32, "cpu")
+    assert runner.wrong(case) == {} and case.tokens == {"T=512": 512, "T=1024": 1024}
+    numbers = runner.measure(case, "cpu", 1)
+    assert numbers["T=512", BOTH]["exponent"] == numbers["T=1024", BOTH]["exponent"]
+    assert numbers["T=1024", BOTH]["peak_mib"] < 3 * numbers["T=512", BOTH]["peak_mib"]
+
+
+def test_exponent():
+    seconds = {"a": [3.0, 3.0], "b": [12.0, 12.0], "c": [48.0, 48.0]}
+    assert runner._exponent({"a": 10, "b": 20, "c": 40}, seconds) == pytest.approx(2)

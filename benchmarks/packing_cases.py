@@ -1,0 +1,180 @@
+"""policy_pack: the policy's forward and backward over one question group: a row per response, packed, and shared.
+
+P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with the
+loss op and the head on response positions only, as `packing: padded` has it; all rows are as long, so none is padded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from benchmarks.case import BOTH, Case
+from ril_engine.families import attend_over_packs, language_model
+from ril_engine.models import Batch, Encoder
+from ril_engine.policy import Policy
+
+PAD, IMAGE, VIDEO, VISION_START, VISION_END, FIRST_WORD = range(6)
+VOCABULARY = 8192
+PATCH = 28  # pixels of a side of what becomes one token
+# name -> tokens of the picture (rows, columns) or none, P, R. A policy's first token is never predicted, so text alone
+# has P=1 at least, and there is nothing else to share.
+SIZES: dict[str, tuple[tuple[int, int], int, int]] = {
+    "text only": ((0, 0), 1, 32),
+    "14 x 14 picture": ((14, 14), 256, 32),
+    "28 x 32 picture": ((28, 32), 1024, 64),
+}
+RESPONSES = 8
+
+
+def qwen2_5_vl(layers: int = 4) -> nn.Module:
+    """Random weights, 19M with four layers (5M of them in the vision tower), in the proportions of Qwen2.5-VL-3B."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": VOCABULARY,
+            "hidden_size": 384,
+            "intermediate_size": 2048,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": PAD,
+        },
+        vision_config={
+            "depth": layers,
+            "hidden_size": 256,
+            "intermediate_size": 684,
+            "num_heads": 4,
+            "out_hidden_size": 384,
+            "fullatt_block_indexes": [layers - 1],
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+class _Question(Encoder):
+    """An encoder of one question, whose prompt is random words and a picture of noise."""
+
+    def __init__(self, model: nn.Module, picture: tuple[int, int], num_tokens: int):
+        from transformers import Qwen2VLImageProcessor
+
+        self.rope_index, self.pad_id = model.base_model.get_rope_index, PAD
+        generator = torch.Generator().manual_seed(0)
+        rows, columns = picture
+        head = [VISION_START, *[IMAGE] * (rows * columns), VISION_END] if rows else []
+        words = torch.randint(FIRST_WORD, VOCABULARY, (num_tokens - len(head),), generator=generator)
+        ids = torch.cat([torch.tensor(head, dtype=torch.int64), words])[None]
+        self.encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if rows:
+            noise = torch.randint(256, (3, PATCH * rows, PATCH * columns), generator=generator, dtype=torch.uint8)
+            self.encoded |= dict(Qwen2VLImageProcessor()(images=[noise], return_tensors="pt"))
+            self.encoded["mm_token_type_ids"] = (ids == IMAGE).long()
+
+    def prompt(self, question: int) -> dict[str, Tensor]:
+        return self.encoded
+
+
+def _candidate(policy: Policy, batch: Batch, parameters: Sequence[str]) -> Callable[..., Tensor]:
+    """Takes the parameters by name, and the settings of policy_loss."""
+
+    def candidate(**inputs) -> Tensor:
+        weights = {name: inputs.pop(name) for name in parameters}
+        return functional_call(policy, weights, (batch,), inputs)[0]
+
+    return candidate
+
+
+def _linear_layers(policy: Policy, batch: Batch) -> Counter[tuple[int, int, int]]:
+    """(rows, in, out) of every linear layer's product in one forward, the head's included."""
+    found: Counter[tuple[int, int, int]] = Counter([(len(batch.target), *reversed(policy.head.weight.shape))])
+
+    def note(layer: nn.Linear, inputs: tuple[Tensor], _) -> None:
+        found[inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
+
+    hooks = [m.register_forward_hook(note) for m in policy.modules() if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        policy.hidden(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def _gemms(layers: Counter[tuple[int, int, int]]) -> Callable[[], None]:
+    """Their output, d(input) and d(weight), in buffers that exist."""
+    buffers = {}
+    for rows, width, out in layers:
+        x, weight = torch.randn(rows, width), torch.randn(out, width) / width**0.5
+        buffers[rows, width, out] = (x, weight, x @ weight.T, torch.empty_like(x), torch.empty_like(weight))
+
+    def run() -> None:
+        for size, count in layers.items():
+            x, weight, y, grad_x, grad_weight = buffers[size]
+            for _ in range(count):
+                torch.mm(x, weight.T, out=y)
+                torch.mm(y, weight, out=grad_x)
+                torch.mm(y.T, x, out=grad_weight)
+
+    return run
+
+
+def policy_pack_case(name: str, picture: tuple[int, int], prompt: int, response: int, model: Callable) -> Case:
+    plain = Policy(model())
+    packed = copy.deepcopy(plain)
+    attend_over_packs(language_model(packed.model))
+    encoder = _Question(plain.model, picture, prompt)
+    generator = torch.Generator().manual_seed(1)
+    responses = torch.randint(FIRST_WORD, VOCABULARY, (RESPONSES, response), generator=generator).tolist()
+    batches = {kind: encoder.batch([0] * RESPONSES, responses, kind) for kind in ("padded", "packed", "shared")}
+    parameters = {name: each.detach() for name, each in plain.named_parameters()}
+    candidates = {
+        kind: _candidate(plain if kind == "padded" else packed, batch, list(parameters))
+        for kind, batch in batches.items()
+    }
+    with torch.no_grad():
+        logprobs = packed(batches["shared"])
+    noise = torch.randn(2, *logprobs.shape, generator=generator) * 0.2
+    settings = {
+        "rewards": torch.randint(3, (RESPONSES,), generator=generator).float(),
+        "groups": torch.zeros(RESPONSES, dtype=torch.int64),
+        "behavior_logprobs": logprobs + noise[0],
+        "reference_logprobs": logprobs + noise[1],
+        "beta": 0.01,
+        "norm": 1.0,  # a gradient that the check's absolute floor does not hide
+    }
+    layers = _linear_layers(packed, batches["shared"])
+    tokens = {kind: batch.inputs["input_ids"].numel() for kind, batch in batches.items()}
+    return Case(
+        "policy_pack",
+        f"policy_pack {name} P={prompt} R={response} N={RESPONSES}",
+        parameters | settings,
+        candidates,
+        {BOTH: [_gemms(layers)]},
+        f"3 GEMMs of every linear layer for the {tokens['shared']} tokens of the shared pack and its picture, once",
+        {BOTH: sum(6 * rows * width * out * count for (rows, width, out), count in layers.items())},
+        grad=tuple(each for each in parameters if picture[0] or ".visual." not in each),
+        no_grad=False,
+        tokens=tokens,
+    )
+
+
+def all_cases(device: str, full: bool) -> list[tuple[str, Callable[[], Case]]]:
+    if device != "cpu":
+        return []
+    names = list(SIZES) if full else list(SIZES)[:2]
+    return [("policy_pack", partial(policy_pack_case, name, *SIZES[name], qwen2_5_vl)) for name in names]
