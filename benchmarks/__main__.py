@@ -28,17 +28,18 @@ def _device(name: str) -> str:
 
 
 def _cases(arguments: argparse.Namespace) -> Iterator[Case]:
-    """Built one at a time. Ops are wanted by name, cases by a part of theirs."""
+    """Built one at a time. Ops are wanted by name, cases and candidates by a part of theirs."""
     wanted = [op for op in arguments.op if op not in OPS]
     if wanted:
         raise UserError(f"{wanted[0]}: no such op; expected one of: {', '.join(OPS)}")
     found = False
-    for op, build in all_cases(_device(arguments.device), arguments.full):
-        if not arguments.op or op in arguments.op:
-            case = build()
-            if all(part in case.name for part in arguments.case):
-                found = True
-                yield case
+    for op, about, build in all_cases(_device(arguments.device), arguments.full):
+        if (not arguments.op or op in arguments.op) and all(part in f"{op} {about}" for part in arguments.case):
+            case, found = build(), True
+            wanted = {n: c for n, c in case.candidates.items() if any(part in n for part in arguments.candidate)}
+            if arguments.candidate:
+                case.candidates = {case.baseline: case.candidates[case.baseline], **wanted}
+            yield case
     if not found:
         raise UserError(f"--case {' '.join(arguments.case)}: no such case; `python -m benchmarks list` names them")
 
@@ -133,6 +134,9 @@ def main() -> int:
         each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all")
         each.add_argument(
             "--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART"
+        )
+        each.add_argument(
+            "--candidate", action="append", default=[], metavar="PART", help="only the baseline and these"
         )
         each.add_argument(
             "--full",

@@ -175,7 +175,8 @@ def growth_case(sizes: Sequence[int], dtype: torch.dtype, device: str) -> Case:
     )
 
 
-def all_cases(dtype: torch.dtype, device: str, full: bool) -> list[tuple[str, Callable[[], Case]]]:
+def all_cases(dtype: torch.dtype, device: str, full: bool) -> list[tuple[str, str, Callable[[], Case]]]:
     sizes = SIZES if full or device == "cuda" else SIZES[:4]
-    cases = [partial(prefix_attention_case, name, groups, dtype, device) for name, groups in GROUPS.items()]
-    return [("prefix_attention", build) for build in (*cases, partial(growth_case, sizes, dtype, device))]
+    cases = {name: partial(prefix_attention_case, name, groups, dtype, device) for name, groups in GROUPS.items()}
+    cases["growth"] = partial(growth_case, sizes, dtype, device)
+    return [("prefix_attention", name, build) for name, build in cases.items()]

@@ -183,8 +183,8 @@ def discriminator_head_case(tokens: int, responses: int, hidden: int, dtype: tor
     )
 
 
-def all_cases(device: str, full: bool = False) -> list[tuple[str, Callable[[], Case]]]:
-    """(op, builder): cases are built one at a time, since the large ones hold gigabytes."""
+def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[[], Case]]]:
+    """(op, what it is about, builder): cases are built one at a time, since the large ones hold gigabytes."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     tokens, less_hidden, less_vocabulary = SIZES[device, full and device == "cpu"]
     cases = []
@@ -195,11 +195,12 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, Callable[[], C
             else:
                 shape = (tokens, hidden // less_hidden, vocabulary // less_vocabulary)
                 name += "" if less_hidden == 1 else f" (H/{less_hidden}, V/{less_vocabulary})"
-            cases.append((op, partial(build, name, *shape, dtype, device)))
+            cases.append((op, name, partial(build, name, *shape, dtype, device)))
             if op == "policy_loss" and name.startswith("Qwen2.5-0.5B"):
-                cases.append((op, partial(build, name, *shape, dtype, device, idle_half=True)))
+                cases.append((op, f"{name}, idle", partial(build, name, *shape, dtype, device, idle_half=True)))
     if device == "cpu":
-        cases += [("group_advantages", partial(group_advantages_case, num, device)) for num in (64, 65_536)]
+        for num in (64, 65_536):
+            cases.append(("group_advantages", f"N={num}", partial(group_advantages_case, num, device)))
     size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
-    cases.append(("discriminator_head", partial(discriminator_head_case, *size, dtype, device)))
+    cases.append(("discriminator_head", f"T={size[0]}", partial(discriminator_head_case, *size, dtype, device)))
     return cases + attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)

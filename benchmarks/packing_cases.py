@@ -1,7 +1,7 @@
 """policy_pack: the policy's forward and backward over one question group: a row per response, packed, and shared.
 
-P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with the
-loss op and the head on response positions only, as `packing: padded` has it; all rows are as long, so none is padded.
+P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with
+the loss op and the head on response positions only, as `packing: padded` has it; all rows are as long: none is padded.
 """
 
 from __future__ import annotations
@@ -173,8 +173,8 @@ def policy_pack_case(name: str, picture: tuple[int, int], prompt: int, response:
     )
 
 
-def all_cases(device: str, full: bool) -> list[tuple[str, Callable[[], Case]]]:
+def all_cases(device: str, full: bool) -> list[tuple[str, str, Callable[[], Case]]]:
     if device != "cpu":
         return []
     names = list(SIZES) if full else list(SIZES)[:2]
-    return [("policy_pack", partial(policy_pack_case, name, *SIZES[name], qwen2_5_vl)) for name in names]
+    return [("policy_pack", name, partial(policy_pack_case, name, *SIZES[name], qwen2_5_vl)) for name in names]

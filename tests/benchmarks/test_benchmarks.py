@@ -56,7 +56,7 @@ def test_a_wrong_candidate_is_found_and_not_timed(tmp_path, monkeypatch, capsys)
     faults = runner.wrong(case)
     assert set(faults) == {"off", "nan"} and "gradient of hidden is off by" in faults["off"]
     output = tmp_path / "rows.jsonl"
-    assert run(monkeypatch, [("token_logprob", lambda: case)], "--output", output) == 2
+    assert run(monkeypatch, [("token_logprob", "tiny", lambda: case)], "--output", output) == 2
     assert "error: 2 wrong results, first: token_logprob" in capsys.readouterr().err
     assert not output.exists()
 
@@ -64,7 +64,7 @@ def test_a_wrong_candidate_is_found_and_not_timed(tmp_path, monkeypatch, capsys)
 def test_every_candidate_that_needs_no_compiler_is_right():
     """The scaled default, and the sizes that both ops have in common with every model; test_packing_cases.py has the
     policy's, which take minutes in float64."""
-    for op, build in all_cases("cpu"):
+    for op, _, build in all_cases("cpu"):
         if op == "policy_pack":
             continue
         case = build()
@@ -73,7 +73,8 @@ def test_every_candidate_that_needs_no_compiler_is_right():
 
 
 def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
-    builders = [("token_logprob", small), ("group_advantages", partial(group_advantages_case, 8, "cpu"))]
+    builders = [("token_logprob", "tiny", small)]
+    builders.append(("group_advantages", "N=8", partial(group_advantages_case, 8, "cpu")))
     output = tmp_path / "rows.jsonl"
     assert run(monkeypatch, builders, "token_logprob", "--rounds", "3", "--output", output) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 10, "output": str(output)}
@@ -86,7 +87,7 @@ def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
         assert "run --allow-dirty token_logprob" in row["command"] and row["versions"]["torch"] in torch.__version__
     for name in ("reference", "ril_kernels"):
         forward, backward, both = (rows[name, each]["latency_ms"]["p50"] for each in passes[1:])
-        assert both == pytest.approx(forward + backward, rel=0.5)
+        assert both > max(forward, backward)  # of every round, so of the medians: noise cannot break it
     assert rows["reference", "both"]["gemm_flops"] == 6 * 8 * 4 * 16 == 3 * rows["floor", "no-grad"]["gemm_flops"]
     assert rows["reference", "both"]["ratio"] == {"p20": 1.0, "p50": 1.0, "p80": 1.0}
     assert rows["floor", "both"]["floor_share"] == 1.0
@@ -95,19 +96,27 @@ def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
 
 
 def test_cases_bear_the_names_of_models():
-    assert [op for op, _ in all_cases("cpu")[:17]] == ["token_logprob"] * 8 + ["policy_loss"] * 9
-    scaled = all_cases("cpu")[2][1]
+    assert [op for op, *_ in all_cases("cpu")[:17]] == ["token_logprob"] * 8 + ["policy_loss"] * 9
+    scaled = all_cases("cpu")[2][2]
     assert scaled.args[:4] == ("InternVL3-1B (H/4, V/16)", 128, 224, 9479)
-    assert all_cases("cpu", full=True)[10][1].args[:4] == ("InternVL3-1B", 1024, 896, 151_674)
-    assert all_cases("cuda")[5][1].args[:5] == ("Llama-3-8B", 8192, 4096, 128_256, torch.bfloat16)
+    assert all_cases("cpu", full=True)[10][2].args[:4] == ("InternVL3-1B", 1024, 896, 151_674)
+    assert all_cases("cuda")[5][2].args[:5] == ("Llama-3-8B", 8192, 4096, 128_256, torch.bfloat16)
 
 
 def test_ops_and_parts_of_names_select_cases(monkeypatch, capsys):
-    builders = [("token_logprob", small), ("group_advantages", partial(group_advantages_case, 8, "cpu"))]
+    def large():
+        raise AssertionError("only what is wanted is built")
+
+    builders = [("token_logprob", "a large one", large), ("token_logprob", "tiny", small)]
+    builders.append(("group_advantages", "N=8", partial(group_advantages_case, 8, "cpu")))
     monkeypatch.setattr(command, "all_cases", lambda device, full: builders)
     monkeypatch.setattr(sys, "argv", ["benchmarks", "list", "--case", "N=8"])
     assert command.main() == 0
     assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["cases"]) == ["group_advantages N=8"]
+    for candidate, expected in (("kernels", ["reference", "ril_kernels"]), ("nobody", ["reference"])):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "list", "--case", "tiny", "--candidate", candidate])
+        assert command.main() == 0
+        assert list(json.loads(capsys.readouterr().out.splitlines()[-1])["cases"].values()) == [expected]
 
 
 def test_memory_is_the_peak_not_the_sum():
@@ -212,7 +221,7 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
 )
 def test_errors_are_one_line(arguments, state, message, monkeypatch, capsys):
     monkeypatch.setattr(command, "find_spec", lambda name: None)
-    monkeypatch.setattr(command, "all_cases", lambda device, full: [("token_logprob", small)])
+    monkeypatch.setattr(command, "all_cases", lambda device, full: [("token_logprob", "tiny", small)])
     monkeypatch.setattr(runner, "git_state", lambda root: state)
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     assert command.main() == 2
