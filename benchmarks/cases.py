@@ -130,7 +130,7 @@ def policy_loss_case(
         inputs,
         candidates,
         {BOTH: _gemms(inputs, True)},
-        "3 GEMMs of all tokens",
+        "3 GEMMs of all tokens" + (", of which half need none: 200 % cannot be beaten" if idle_half else ""),
         _gemm_flops(inputs),
         grad=("hidden", "lm_head"),
         no_grad=False,

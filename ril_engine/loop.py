@@ -182,7 +182,7 @@ class Loop:
         norm = rl.policy_denominator or count * per_token
         kl_norm = rl.kl_denominator or kl_count * per_token
         slots, lengths = [each["slot"] for each in responses], [len(each["ids"]) for each in responses]
-        prompts = [self.encoder.prompt(each["row"])["input_ids"].shape[1] for each in responses]
+        prompts = [each["prompt_tokens"] for each in responses]
         prepared = []
         for part in self._micro_batches(slots, prompts, lengths):
             index = part or [0]
@@ -212,8 +212,9 @@ class Loop:
                 total += float(loss.detach())
             norms = self.student.step()
             tokens = sum(int(m.num_tokens) for m in metrics)
+            computed = sum(int(m.num_computed) for m in metrics)  # what the means of a record are over
             mean = {
-                name: (sum(float(getattr(m, field)) * int(m.num_tokens) for m in metrics), tokens)
+                name: (sum(float(getattr(m, field)) * int(m.num_computed) for m in metrics), computed)
                 for name, field in (
                     ("entropy", "entropy"),
                     ("clip/low", "clip_low_fraction"),
@@ -233,7 +234,10 @@ class Loop:
     ) -> tuple[dict[str, Metric], list[dict]]:
         """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
         with timer.phase("rollout"):
-            responses = sorted(_of_all_ranks(self.rollout(step, questions)), key=lambda each: each["slot"])
+            mine = self.rollout(step, questions)
+            for each in mine:  # here, so that no rank prepares the pictures of all
+                each["prompt_tokens"] = self.encoder.prompt(each["row"])["input_ids"].shape[1]
+            responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.discriminator is not None:
             with timer.phase("discriminator"):

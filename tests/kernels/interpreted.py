@@ -9,6 +9,7 @@ from test_fused import exact, grad, logprob_results, loss_results, stats
 from test_group_advantages import KINDS, ragged
 from triton.runtime.interpreter import InterpreterBuilder
 
+from ril_kernels import policy_loss
 from ril_kernels.policy_loss import triton as advantages
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
 from ril_kernels.policy_loss.reference import group_advantages_reference
@@ -41,6 +42,19 @@ def test_policy_loss(case, dtype, assert_accurate):
     truth, peer = loss_results(exact(inputs), "reference")[0], loss_results(inputs, "reference")[0]
     for got, true, usual in zip(loss_results(inputs, "triton")[0], truth, peer, strict=True):
         assert_accurate(got, true.double(), usual)
+
+
+def test_float16_gradients_survive_a_loss_scaler():
+    # A denominator of real size: without the scaler's factor the gradient of a logit is below what float16 holds.
+    inputs = {**loss_inputs("ragged", torch.float16), "norm": 16.0 * 64 * 1024}
+    gradients = []
+    for backend in ("triton", "reference"):
+        leaves = [inputs[name].clone().requires_grad_() for name in ("hidden", "lm_head")]
+        loss, _ = policy_loss(**{**inputs, "hidden": leaves[0], "lm_head": leaves[1]}, backend=backend)
+        gradients.append(torch.autograd.grad(65536 * loss, leaves))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert float(theirs.abs().max()) > 1e-3
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
 
 
 def rows(num_vocab: int, dtype: torch.dtype, stride: int) -> tuple:

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from ril_kernels import _native, policy_loss, token_logprob
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
@@ -358,6 +359,38 @@ def test_logits_held_in_the_memory_of_their_gradient(monkeypatch, assert_accurat
             assert_accurate(got, true.double(), usual)
     expected = [(slice(0, 35), 20), (slice(35, 48), 0), (slice(48, 60), 0)]
     assert [[(chunk.rows, chunk.lent) for chunk in plan] for plan in plans] == [expected] * 3
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_inside_a_checkpoint(early_stop, monkeypatch):
+    """The checkpoint's hooks must not see the graph inside the forward: it would be replayed there, over the memory
+    that the call is using."""
+    inputs = loss_inputs("ragged")
+    plain, _ = loss_results(inputs, "cpu")
+    monkeypatch.setattr(tiles, "WORK_BYTES", 1)
+    monkeypatch.setattr(tiles, "CACHE_BYTES", 1)
+    hidden, calls = inputs["hidden"].clone().requires_grad_(), []
+    lm_head = inputs["lm_head"].clone().requires_grad_()
+
+    def region(hidden, lm_head):
+        calls.append(1)
+        return policy_loss(**{**inputs, "hidden": (hidden / 2).exp().log() * 2, "lm_head": lm_head})[0]
+
+    with torch.utils.checkpoint.set_checkpoint_early_stop(early_stop):
+        loss = torch.utils.checkpoint.checkpoint(region, hidden, lm_head, use_reentrant=False)
+        assert len(calls) == 1
+        loss.backward()
+    assert len(calls) == 2
+    torch.testing.assert_close([loss.detach(), hidden.grad, lm_head.grad], plain, rtol=1e-5, atol=1e-6)
+
+
+def test_under_another_default_device():
+    inputs = make_inputs("odd")
+    expected = token_logprob(**inputs)
+    tiles.release()
+    with torch.device("meta"):
+        torch.testing.assert_close(token_logprob(**inputs), expected)
+    torch.testing.assert_close(token_logprob(**inputs), expected)
 
 
 def test_repeated_runs_are_bitwise_equal():

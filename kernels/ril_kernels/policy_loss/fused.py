@@ -25,11 +25,12 @@ class _PolicyLoss(torch.autograd.Function):
 
         def loss_gradient(rows: slice, logprob: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor]:
             """d(loss) / d(log-prob) and / d(entropy) of these rows."""
-            with torch.enable_grad():
+            # A graph of its own: a checkpoint around this call would hook into it, and be replayed within its forward.
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 leaves = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
                 loss, _ = policy_terms(*leaves, terms.rows(rows), settings)
-            losses.append(loss.detach())
-            return torch.autograd.grad(loss, leaves, materialize_grads=True)
+                losses.append(loss.detach())
+                return torch.autograd.grad(loss, leaves, materialize_grads=True)
 
         entropy_has_gradient = settings.entropy_coef > 0
         policy, entropy, ctx.gradients = PASSES[backend](head).train(
@@ -52,6 +53,10 @@ class _PolicyLoss(torch.autograd.Function):
         return *gradients, None, None, None, None, None, None
 
 
+def _as_it_is(value: Tensor) -> Tensor:
+    return value
+
+
 def fused_policy_loss(
     hidden: Tensor,
     lm_head: Tensor,
@@ -70,8 +75,9 @@ def fused_policy_loss(
     target = target.masked_fill(~needed_tokens(terms, settings), -1)
     inputs = (hidden, lm_head, bias)
     wants_grad = torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in inputs)
-    if sequences is not None or not wants_grad:
-        # A sequence-level ratio needs every log-prob of a response before any gradient: four GEMMs instead of three.
+    if sequences is not None or not wants_grad or hidden.dtype == torch.float16:
+        # A sequence-level ratio needs every log-prob of a response before any gradient, and float16 a loss scaler's
+        # factor before d(logits) underflow: four GEMMs instead of three.
         head = {"bias": bias, "temperature": temperature, "softcap": softcap}
         policy, entropy = fused_token_logprob(hidden, lm_head, target, **head, backend=backend, rows=rows)
         loss, ratios = policy_terms(policy, entropy, terms, settings, sequences)

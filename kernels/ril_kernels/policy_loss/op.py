@@ -184,9 +184,9 @@ def policy_loss(
     advantages) on the CPU: nothing waits for the GPU then, and the tokens without a gradient are known in time.
 
     Loss and gradients come from one pass over chunks of logits, three GEMMs in all (four with ratio_level
-    "sequence"); tokens whose gradient is known to be 0 (masked, or of advantage 0 without KL and entropy bonus) are
-    left out of all of them, and of the metrics. Backward may run once. `backend`: auto is "cpu" (C++) for float32
-    and bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" for everything else.
+    "sequence" and in float16); tokens whose gradient is known to be 0 (masked, or of advantage 0 without KL and
+    entropy bonus) are left out of all of them, and of the metrics. Backward may run once. `backend`: auto is "cpu"
+    (C++) for float32 and bfloat16 on a CPU, "triton" on a GPU (not float64) and "reference" for everything else.
     """
     shapes = check_head_inputs(hidden, lm_head, target, bias, temperature, softcap)
     settings = LossSettings(

@@ -124,7 +124,10 @@ class HeadGradients:
     def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
         self.head = head
         self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.lm_head = torch.empty_like(head.lm_head, dtype=torch.float32) if needs[1] else None
+        self.wants_head = needs[1]
+        # On a GPU the first product in 16 bits is the buffer.
+        buffer = needs[1] and (head.hidden.device.type == "cpu" or head.hidden.dtype == torch.float32)
+        self.lm_head = torch.empty_like(head.lm_head, dtype=torch.float32) if buffer else None
         self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] else None
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:
@@ -133,15 +136,13 @@ class HeadGradients:
         if self.hidden is not None:
             out, keep = self.hidden[rows], int(columns.start > 0)
             torch.addmm(out, grad_logits, weight, beta=keep, out=out)
-        if self.lm_head is not None:
+        if self.wants_head and states.device.type != "cpu" and states.dtype != torch.float32:
+            # Whole rows, see ChunkedPass: the tensor cores multiply in 16 bits and add up in float32.
+            product = torch.mm(grad_logits.T, states, out_dtype=torch.float32)
+            self.lm_head = product if rows.start == 0 else self.lm_head.add_(product)
+        elif self.wants_head:
             out, keep = self.lm_head[columns], int(rows.start > 0)
-            if states.dtype == torch.float32:
-                torch.addmm(out, grad_logits.T, states, beta=keep, out=out)
-            elif states.device.type == "cpu":
-                torch.addmm(out, grad_logits.T.float(), states.float(), beta=keep, out=out)
-            else:  # the tensor cores multiply in 16 bits and add up in float32
-                product = torch.mm(grad_logits.T, states, out_dtype=torch.float32)
-                self.lm_head = product if keep == 0 else self.lm_head.add_(product)
+            torch.addmm(out, grad_logits.T.float(), states.float(), beta=keep, out=out)
         if self.bias is not None:
             self.bias[columns] += grad_logits.sum(0, dtype=torch.float32)
 

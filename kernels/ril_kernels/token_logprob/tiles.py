@@ -219,14 +219,14 @@ class TiledPass:
                 yield rows, columns, _matrix(_work(self.head.hidden, count * width), count, width)
 
     def _chunks(self, lends: bool) -> list[_Chunk]:
-        most, first = self._cached_rows(WORK_BYTES // self._row_bytes()), []
+        most, first = max(1, WORK_BYTES // self._row_bytes()), []
         if lends and most < self.num_tokens:
             lent = min(self.width, self.num_tokens)
             others = min(self.num_tokens - lent, (WORK_BYTES - TILE_BYTES) // self._row_bytes())
             if lent + others > most:
                 first = [_Chunk(slice(0, lent + others), lent)]
         start = len(first[0]) if first else 0
-        rest = spans(self.num_tokens - start, most) if start < self.num_tokens else []
+        rest = spans(self.num_tokens - start, self._cached_rows(most)) if start < self.num_tokens else []
         return first + [_Chunk(slice(start + each.start, start + each.stop), 0) for each in rest]
 
     def _work_elements(self, chunk: _Chunk) -> int:
@@ -284,7 +284,7 @@ def _work(like: Tensor, elements: int) -> Tensor:
         return like.new_empty(elements)
     needed, memory = elements * like.element_size(), getattr(_kept, "memory", None)
     if memory is None or memory.nbytes < needed:
-        memory = _kept.memory = _huge(torch.empty(needed, dtype=torch.uint8))
+        memory = _kept.memory = _huge(torch.empty(needed, dtype=torch.uint8, device=like.device))
     return memory[:needed].view(like.dtype)
 
 
