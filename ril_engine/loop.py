@@ -100,7 +100,7 @@ class Loop:
                 ids = ids or self.encoder.eos_ids[:1]
                 responses.append(
                     {"slot": slot, "row": row, "source": "student", "text": text, "ids": ids, "truncated": truncated}
-                    | {"answer_reward": reward}
+                    | {"answer_reward": reward, "prompt_tokens": self._prompt_tokens(row)}
                 )
             if self.discriminator is not None:
                 responses += self._teachers(step, slot, number, row)
@@ -118,8 +118,13 @@ class Loop:
             for i in picks:
                 ids = self.encoder.response(pool[i]["text"], eos=not pool[i]["truncated"])
                 record = {name: pool[i][name] for name in ("source", "text", "truncated", "answer_reward")}
-                chosen.append({"slot": slot, "row": row, "ids": ids or self.encoder.eos_ids[:1], **record})
+                record |= {"slot": slot, "row": row, "prompt_tokens": self._prompt_tokens(row)}
+                chosen.append({"ids": ids or self.encoder.eos_ids[:1], **record})
         return chosen
+
+    def _prompt_tokens(self, row: dict) -> int:
+        """Known where the response is made, so that no rank prepares the pictures of all."""
+        return self.encoder.prompt(row)["input_ids"].shape[1]
 
     def _micro_batches(self, keys: list[int], prefix: list[int], own: list[int]) -> list[list[int]]:
         """The responses of this rank's micro-batches, of which every rank has as many. One without any (they are too
@@ -234,10 +239,7 @@ class Loop:
     ) -> tuple[dict[str, Metric], list[dict]]:
         """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
         with timer.phase("rollout"):
-            mine = self.rollout(step, questions)
-            for each in mine:  # here, so that no rank prepares the pictures of all
-                each["prompt_tokens"] = self.encoder.prompt(each["row"])["input_ids"].shape[1]
-            responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
+            responses = sorted(_of_all_ranks(self.rollout(step, questions)), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.discriminator is not None:
             with timer.phase("discriminator"):
