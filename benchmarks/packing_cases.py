@@ -1,7 +1,7 @@
 """policy_pack: the policy's forward and backward over one question group: a row per response, packed, and shared.
 
-P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with the
-loss op and the head on response positions only, as `packing: padded` has it; all rows are as long, so none is padded.
+P prompt tokens, R response tokens, N responses. The baseline is Hugging Face's own forward of a row per response, with
+the loss op and the head on response positions only, as `packing: padded` has it; all rows are as long, none is padded.
 """
 
 from __future__ import annotations
