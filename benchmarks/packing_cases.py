@@ -165,7 +165,7 @@ def policy_pack_case(name: str, picture: tuple[int, int], prompt: int, response:
         parameters | settings,
         candidates,
         {BOTH: [_gemms(layers)]},
-        f"3 GEMMs of every linear layer for the {tokens['shared']} tokens of the shared pack and its picture, once",
+        f"3 GEMMs of every linear layer over what is shared: {tokens['shared']} tokens and, if any, the picture",
         {BOTH: sum(6 * rows * width * out * count for (rows, width, out), count in layers.items())},
         grad=tuple(each for each in parameters if picture[0] or ".visual." not in each),
         no_grad=False,
