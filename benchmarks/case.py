@@ -28,6 +28,7 @@ class Case:
     grad: tuple[str, ...] = ()  # inputs that want a gradient
     no_grad: bool = True  # whether the op is used without a gradient too
     tokens: dict[str, int] = field(default_factory=dict)  # candidate -> positions it computes, where that differs
+    notes: dict[str, dict] = field(default_factory=dict)  # candidate -> what its last call says of itself, for its rows
     grows: bool = False  # candidates are one work, `tokens` times over: their rows say how time grows with it
 
     @property

@@ -1,4 +1,5 @@
-"""What is timed: the cases of each op; attention_cases.py and packing_cases.py have those of packs.
+"""What is timed: the cases of each op; attention_cases.py and packing_cases.py have those of packs,
+rollout_cases.py those of generation.
 
 T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by one line in `candidates`, or in peers.py.
 """
@@ -10,7 +11,7 @@ from functools import partial
 
 import torch
 
-from benchmarks import attention_cases, packing_cases
+from benchmarks import attention_cases, packing_cases, rollout_cases
 from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
 from benchmarks.peers import logprob_peers, loss_peers
 from ril_kernels import discriminator_head, group_advantages, policy_loss, token_logprob
@@ -18,7 +19,15 @@ from ril_kernels.discriminator_head.reference import discriminator_head_referenc
 from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.token_logprob.reference import token_logprob_reference
 
-OPS = ("token_logprob", "policy_loss", "group_advantages", "discriminator_head", "prefix_attention", "policy_pack")
+OPS = (
+    "token_logprob",
+    "policy_loss",
+    "group_advantages",
+    "discriminator_head",
+    "prefix_attention",
+    "policy_pack",
+    "rollout",
+)
 # H and V of the language model's head, as the checkpoints' config.json have them.
 MODELS = {
     "Qwen2.5-VL-3B": (2048, 151_936),
@@ -203,4 +212,5 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
             cases.append(("group_advantages", f"N={num}", partial(group_advantages_case, num, device)))
     size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
     cases.append(("discriminator_head", f"T={size[0]}", partial(discriminator_head_case, *size, dtype, device)))
-    return cases + attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
+    cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
+    return cases + rollout_cases.all_cases(device)

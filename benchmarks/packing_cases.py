@@ -68,23 +68,28 @@ def qwen2_5_vl(layers: int = 4) -> nn.Module:
     return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def prompt(picture: tuple[int, int], num_tokens: int, seed: int = 0) -> dict[str, Tensor]:
+    """As a processor makes it: random words, and a picture of noise, (rows, columns) in tokens."""
+    from transformers import Qwen2VLImageProcessor
+
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = picture
+    head = [VISION_START, *[IMAGE] * (rows * columns), VISION_END] if rows else []
+    words = torch.randint(FIRST_WORD, VOCABULARY, (num_tokens - len(head),), generator=generator)
+    ids = torch.cat([torch.tensor(head, dtype=torch.int64), words])[None]
+    encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if rows:
+        noise = torch.randint(256, (3, PATCH * rows, PATCH * columns), generator=generator, dtype=torch.uint8)
+        encoded |= dict(Qwen2VLImageProcessor()(images=[noise], return_tensors="pt"))
+        encoded["mm_token_type_ids"] = (ids == IMAGE).long()
+    return encoded
+
+
 class _Question(Encoder):
-    """An encoder of one question, whose prompt is random words and a picture of noise."""
+    """An encoder of one question."""
 
-    def __init__(self, model: nn.Module, picture: tuple[int, int], num_tokens: int):
-        from transformers import Qwen2VLImageProcessor
-
-        self.rope_index, self.pad_id = model.base_model.get_rope_index, PAD
-        generator = torch.Generator().manual_seed(0)
-        rows, columns = picture
-        head = [VISION_START, *[IMAGE] * (rows * columns), VISION_END] if rows else []
-        words = torch.randint(FIRST_WORD, VOCABULARY, (num_tokens - len(head),), generator=generator)
-        ids = torch.cat([torch.tensor(head, dtype=torch.int64), words])[None]
-        self.encoded = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if rows:
-            noise = torch.randint(256, (3, PATCH * rows, PATCH * columns), generator=generator, dtype=torch.uint8)
-            self.encoded |= dict(Qwen2VLImageProcessor()(images=[noise], return_tensors="pt"))
-            self.encoded["mm_token_type_ids"] = (ids == IMAGE).long()
+    def __init__(self, model: nn.Module, encoded: dict[str, Tensor]):
+        self.rope_index, self.pad_id, self.encoded = model.base_model.get_rope_index, PAD, encoded
 
     def prompt(self, question: int) -> dict[str, Tensor]:
         return self.encoded
@@ -100,23 +105,23 @@ def _candidate(policy: Policy, batch: Batch, parameters: Sequence[str]) -> Calla
     return candidate
 
 
-def _linear_layers(policy: Policy, batch: Batch) -> Counter[tuple[int, int, int]]:
-    """(rows, in, out) of every linear layer's product in one forward, the head's included."""
-    found: Counter[tuple[int, int, int]] = Counter([(len(batch.target), *reversed(policy.head.weight.shape))])
+def linear_layers(model: nn.Module, run: Callable[[], object]) -> Counter[tuple[int, int, int]]:
+    """(rows, in, out) of the product of every linear layer that a run calls, and how often."""
+    found: Counter[tuple[int, int, int]] = Counter()
 
     def note(layer: nn.Linear, inputs: tuple[Tensor], _) -> None:
         found[inputs[0].numel() // layer.in_features, layer.in_features, layer.out_features] += 1
 
-    hooks = [m.register_forward_hook(note) for m in policy.modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, nn.Linear)]
     with torch.no_grad():
-        policy.hidden(batch)
+        run()
     for hook in hooks:
         hook.remove()
     return found
 
 
-def _gemms(layers: Counter[tuple[int, int, int]]) -> Callable[[], None]:
-    """Their output, d(input) and d(weight), in buffers that exist."""
+def gemms(layers: Counter[tuple[int, int, int]], training: bool) -> Callable[[], None]:
+    """Their output, and for training d(input) and d(weight), in buffers that exist."""
     buffers = {}
     for rows, width, out in layers:
         x, weight = torch.randn(rows, width), torch.randn(out, width) / width**0.5
@@ -127,17 +132,18 @@ def _gemms(layers: Counter[tuple[int, int, int]]) -> Callable[[], None]:
             x, weight, y, grad_x, grad_weight = buffers[size]
             for _ in range(count):
                 torch.mm(x, weight.T, out=y)
-                torch.mm(y, weight, out=grad_x)
-                torch.mm(y.T, x, out=grad_weight)
+                if training:
+                    torch.mm(y, weight, out=grad_x)
+                    torch.mm(y.T, x, out=grad_weight)
 
     return run
 
 
-def policy_pack_case(name: str, picture: tuple[int, int], prompt: int, response: int, model: Callable) -> Case:
+def policy_pack_case(name: str, picture: tuple[int, int], num_prompt: int, response: int, model: Callable) -> Case:
     plain = Policy(model())
     packed = copy.deepcopy(plain)
     attend_over_packs(language_model(packed.model))
-    encoder = _Question(plain.model, picture, prompt)
+    encoder = _Question(plain.model, prompt(picture, num_prompt))
     generator = torch.Generator().manual_seed(1)
     responses = torch.randint(FIRST_WORD, VOCABULARY, (RESPONSES, response), generator=generator).tolist()
     batches = {kind: encoder.batch([0] * RESPONSES, responses, kind) for kind in ("padded", "packed", "shared")}
@@ -157,14 +163,16 @@ def policy_pack_case(name: str, picture: tuple[int, int], prompt: int, response:
         "beta": 0.01,
         "norm": 1.0,  # a gradient that the check's absolute floor does not hide
     }
-    layers = _linear_layers(packed, batches["shared"])
+    layers = linear_layers(packed, lambda: packed.hidden(batches["shared"]))
+    out, width = packed.head.weight.shape
+    layers[len(batches["shared"].target), width, out] += 1
     tokens = {kind: batch.inputs["input_ids"].numel() for kind, batch in batches.items()}
     return Case(
         "policy_pack",
-        f"policy_pack {name} P={prompt} R={response} N={RESPONSES}",
+        f"policy_pack {name} P={num_prompt} R={response} N={RESPONSES}",
         parameters | settings,
         candidates,
-        {BOTH: [_gemms(layers)]},
+        {BOTH: [gemms(layers, training=True)]},
         f"3 GEMMs of every linear layer for the {tokens['shared']} tokens of the shared pack and its picture, once",
         {BOTH: sum(6 * rows * width * out * count for (rows, width, out), count in layers.items())},
         grad=tuple(each for each in parameters if picture[0] or ".visual." not in each),

@@ -62,11 +62,14 @@ def write_results(folder: Path, path: Path) -> Path:
 
 def _table(rows: list[dict]) -> str:
     """One case: a line per candidate."""
-    counted = any("tokens" in row for row in rows)
-    columns = [COLUMNS[0], *["tokens"] * counted, *COLUMNS[1:]]
+    counted, cached = (any(name in row for row in rows) for name in ("tokens", "cache_mib"))
+    columns = [COLUMNS[0], *["tokens"] * counted, *["cache MiB"] * cached, *COLUMNS[1:]]
     notes = [f"Floor: {rows[0]['floor']}."] if rows[0]["floor"] else []
     notes.append(f"{max(row['rounds'] for row in rows)} rounds.")
     notes += [f"Time grows as tokens^{row['exponent']:.2f}." for row in rows[-1:] if "exponent" in row]
+    for row in rows:
+        shares = [f"{name} {share:.0%}" for name, share in row.get("phase_share", {}).items()]
+        notes += [f"Of {row['candidate']}'s time: {', '.join(shares)}."] * bool(shares)
     lines = [
         f"### {rows[0]['case']}, {rows[0]['dtype']}\n",
         " ".join(notes) + "\n",
@@ -77,6 +80,7 @@ def _table(rows: list[dict]) -> str:
         by_pass = {row["pass"]: row for row in rows if row["candidate"] == candidate}
         last = by_pass[BOTH if BOTH in by_pass else NO_GRAD]
         cells = [candidate, *[str(last.get("tokens", ""))] * counted]
+        cells += [f"{last['cache_mib']:.1f}" if "cache_mib" in last else ""] * cached
         for each in (NO_GRAD, FORWARD, BACKWARD, BOTH):
             row = by_pass.get(each)
             ratio = row and row["ratio"]

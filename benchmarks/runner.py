@@ -9,6 +9,7 @@ floor_share   the same for the floor's latency (bare GEMMs, or a copy of the byt
 peak_mib      most memory that one call allocates on top of its inputs, outputs and gradients included. CUDA: the
               allocator's peak. CPU: the running sum of the allocations that torch's profiler records; what C++ holds
               itself is not in it.
+cache_mib     keys and values that a rollout keeps; phase_share: of its time in prefill, decode, sampling and Python
 tokens        positions that this candidate computes, where candidates differ in it
 exponent      k where time is fitted by tokens^k over a case's candidates
 peak_share    CUDA: GEMM FLOPs and bytes of the case per second over the device's peak, where PEAKS knows it
@@ -200,6 +201,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[tuple[str, str], dict]
             row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
         if name in case.tokens:
             row["tokens"] = case.tokens[name]
+        row |= case.notes.get(name, {})
         if case.grows:
             row["exponent"] = _exponent(case.tokens, {n: seconds[n, each] for n in case.candidates})
     return out
@@ -277,7 +279,8 @@ def _cpu_name() -> str:
 
 def rows_of(case: Case, numbers: dict[tuple[str, str], dict], rounds: int, origin: dict) -> list[dict]:
     """One row per candidate and pass, as it is written to results/*.jsonl."""
-    dtype = next(v.dtype for v in case.inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    dtypes = (v.dtype for v in case.inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
+    dtype = next(dtypes, torch.float32)
     shared = {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),

@@ -88,7 +88,11 @@ class SamplingConfig(Section):
     top_k: int = Field(50, ge=0, description="0 keeps every token")
     repetition_penalty: Positive = 1.05
     max_new_tokens: Count = Field(512, description="L, the token limit of a response")
-    batch_size: Count = Field(128, description="responses decoded together on a rank")
+    stop: list[str] = Field(default_factory=list, description="strings that end a response, which they are cut from")
+    batch_size: Count = Field(128, description="responses decoded together on a rank, at most")
+    cache_tokens: Count = Field(
+        131_072, description="keys and values kept on a rank: a prompt's once, a response's at their limit, for each"
+    )
 
 
 class ResponsesConfig(Section):
@@ -126,6 +130,10 @@ class RLConfig(Section):
         None, description="of the policy term; default responses x Q x L (grpo: responses x Q)"
     )
     kl_denominator: Positive | None = Field(None, description="of the KL term; default as the policy's, its own tokens")
+    importance_cap: Positive | None = Field(
+        None,
+        description="weigh the student's tokens by the trainer's probability over the sampler's, at most this; None: 1",
+    )
     mask_truncated: bool = Field(False, description="drop responses without EOS at the token limit from the loss")
     learning_rate: Positive = 1e-6
     final_learning_rate: float | None = Field(None, ge=0, description="reached linearly; default: constant")
@@ -153,7 +161,6 @@ class DeepSpeedConfig(Section):
 class EvaluationConfig(Section):
     split: Literal["test", "validation"] = Field("test", description="validation while settings are being chosen")
     questions: int = Field(0, ge=0, description="how many of the split's questions; 0: all")
-    batch_size: Count = 250
 
 
 class Config(Section):

@@ -10,8 +10,9 @@ import torch.distributed as dist
 
 from ril_engine.config import Config
 from ril_engine.errors import UserError
-from ril_engine.models import Encoder, generate, uniforms
+from ril_engine.models import Encoder
 from ril_engine.rewards import answer_reward
+from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import progress, read_jsonl
 
 MODES = ("greedy", "sampled")
@@ -27,25 +28,22 @@ def evaluate(
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = list(range(rank, len(questions), world))
-    size, was_training = config.evaluation.batch_size, model.training
-    records = []
+    size, was_training = config.sampling.batch_size, model.training
+    sampler, seed, records = rollout(model, encoder, config.sampling), seed_of(config.seed, 2), []
     model.eval()
     with progress(2 * len(mine), title, enabled=rank == 0) as advance:
         for start in range(0, len(mine), size):
             part = mine[start : start + size]
-            rows = [questions[i] for i in part]
+            rows = [(i, questions[i]) for i in part]
             some = [
                 {"place": i, "kind": row.get("kind", "question"), **{name: row.get(name) for name in ASKED}}
-                for i, row in zip(part, rows, strict=True)
+                for i, row in rows
             ]
-            numbers = uniforms(config.seed, [(2, i) for i in part], config.sampling.max_new_tokens)
-            for mode, draws in zip(MODES, (None, numbers), strict=True):
-                decoded = generate(model, encoder, rows, config.sampling, uniforms=draws, batch_size=size)
-                for record, row, (ids, cut) in zip(some, rows, decoded, strict=True):
-                    text = encoder.decode(ids)
-                    record[mode] = 0.0 if cut else answer_reward(text, row["answer"])
-                    record |= {f"{mode}_text": text, f"{mode}_length": len(ids)}
-                advance(len(part))
+            for mode in MODES:
+                drawn = sampler.generate(rows, 1, seed=seed, greedy=mode == "greedy", advance=advance)
+                for record, (_, row), (each,) in zip(some, rows, drawn, strict=True):
+                    record[mode] = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
+                    record |= {f"{mode}_text": each.text, f"{mode}_length": len(each.ids)}
             records += some
     model.train(was_training)
     gathered: list = [None] * world

@@ -32,21 +32,23 @@ def language_model(model) -> nn.Module:
     return decoder
 
 
+def why_not_packable(config) -> str | None:
+    """What a language model, by its config, has that cannot read packs; None where it can."""
+    other = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"})
+    if other:
+        return f"{' and '.join(other)} layers"
+    if config.model_type not in PACKED:
+        return "layers that packs were never tried with"
+    return f"attention_dropout {config.attention_dropout}" if config.attention_dropout else None
+
+
 def require_packable(config) -> None:
     """Refuse a language model, by its config, whose layers cannot read packs.
 
     Raises:
         UserError: not all of its layers have full attention, or its family is not one of PACKED.
     """
-    other = sorted(set(getattr(config, "layer_types", None) or ["full_attention"]) - {"full_attention"})
-    found = None
-    if other:
-        found = f"{' and '.join(other)} layers"
-    elif config.model_type not in PACKED:
-        found = "layers that packs were never tried with"
-    elif config.attention_dropout:
-        found = f"attention_dropout {config.attention_dropout}"
-    if found:
+    if found := why_not_packable(config):
         raise UserError(
             f"rl.packing: {config.model_type} has {found}, expected full attention without dropout in one of "
             f"{', '.join(PACKED)}; set rl.packing: padded"
@@ -72,10 +74,13 @@ def _attention(
     attention_mask: Tensor | None,
     *,
     pack_layout=None,
+    kv_cache=None,
     scaling: float | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:  # (1, T, Hq, D)
-    if pack_layout is None:  # generation and padded batches
+    if kv_cache is not None:  # a rollout's prompts or decode step
+        return kv_cache.attend(module.layer_idx, query, key, value, scaling), None
+    if pack_layout is None:  # padded batches
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

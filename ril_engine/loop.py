@@ -17,10 +17,11 @@ from ril_engine import stages
 from ril_engine.config import Config
 from ril_engine.engine import Engine
 from ril_engine.families import attend_over_packs, language_model, use_liger
-from ril_engine.models import Encoder, generate, load, uniforms
+from ril_engine.models import Encoder, load
 from ril_engine.packing import micro_batches
 from ril_engine.policy import Policy, discriminator_batch, encode_for_discriminator, shared_tokens
 from ril_engine.rewards import answer_reward
+from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import PhaseTimer
 from ril_kernels import discriminator_loss, group_advantages, similarity_reward
 
@@ -44,6 +45,7 @@ class Loop:
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
         self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
+        self.sampler = rollout(model, self.encoder, config.sampling)
         self.student = Engine(
             self.policy,
             config=config.deepspeed,
@@ -82,24 +84,15 @@ class Loop:
         if config.rl.algorithm == "sft":
             chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
             return [each for some in chosen for each in some]
-        keys = [(3, step, number, sample) for number, _ in questions for sample in range(group)]
         self.policy.eval()
-        drawn = generate(
-            self.policy.model,
-            self.encoder,
-            [row for _, row in questions for _ in range(group)],
-            config.sampling,
-            uniforms=uniforms(config.seed, keys, config.sampling.max_new_tokens),
-            batch_size=config.sampling.batch_size,
-        )
+        drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
         responses = []
-        for place, (slot, (number, row)) in enumerate(zip(slots, questions, strict=True)):
-            for ids, truncated in drawn[place * group : (place + 1) * group]:
-                text = self.encoder.decode(ids)
-                reward = 0.0 if truncated else answer_reward(text, row["answer"])
-                ids = ids or self.encoder.eos_ids[:1]
+        for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
+            for each in own:
+                reward = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
                 responses.append(
-                    {"slot": slot, "row": row, "source": "student", "text": text, "ids": ids, "truncated": truncated}
+                    {"slot": slot, "row": row, "source": "student", "text": each.text, "ids": each.ids}
+                    | {"truncated": each.truncated, "sampler_logprobs": each.sampler_logprobs}
                     | {"answer_reward": reward, "prompt_tokens": self._prompt_tokens(row)}
                 )
             if self.discriminator is not None:
@@ -198,21 +191,32 @@ class Loop:
             settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
             keep = torch.tensor([bool(part) and not (rl.mask_truncated and each["truncated"]) for each in some])
             settings["mask"] = keep[batch.response_index]
+            unknown = [math.nan]  # a teacher's tokens were not sampled here
+            sampler = [v for each in some for v in each.get("sampler_logprobs", unknown * len(each["ids"]))]
             if self.reference is not None:
                 own = torch.tensor([not on_student or each["source"] == "student" for each in some])
                 with timer.phase("reference"), torch.no_grad():
                     settings["reference_logprobs"] = self.reference(batch)
                 settings |= {"kl_mask": settings["mask"] & own[batch.response_index], "kl_norm": kl_norm}
-            prepared.append((batch, settings))
+            sampler = torch.tensor(sampler)
+            if rl.importance_cap is not None:
+                settings |= {"sampler_logprobs": sampler, "importance_cap": rl.importance_cap}
+            prepared.append((batch, settings, sampler))
         self.policy.train()
         out: dict[str, Metric] = {}
+        gap, sampled = 0.0, 0  # how far the trainer's own log-probs are from the sampler's, over what both have
         for update in range(rl.updates_per_step):
             metrics, total = [], 0.0
-            for batch, settings in prepared:
+            for batch, settings, sampler in prepared:
                 loss, record = self.student(batch, **settings)
                 self.student.backward(loss, last=batch is prepared[-1][0])
-                if update == 0 and rl.updates_per_step > 1:
-                    settings["behavior_logprobs"] = record.logprobs
+                if update == 0:
+                    if rl.updates_per_step > 1:
+                        settings["behavior_logprobs"] = record.logprobs
+                    own = record.logprobs.cpu()
+                    some = settings["mask"] & (own != 0) & sampler.isfinite()
+                    gap += float((own - sampler)[some].abs().sum())
+                    sampled += int(some.sum())
                 metrics.append(record)
                 total += float(loss.detach())
             norms = self.student.step()
@@ -230,7 +234,7 @@ class Loop:
             if self.reference is not None:
                 kl_tokens = sum(int(m.num_kl_tokens) for m in metrics)
                 mean["kl"] = (sum(float(m.kl) * int(m.num_kl_tokens) for m in metrics), kl_tokens)
-            out = {"loss/policy": total * self.world, "tokens": tokens, **mean}
+            out = {"loss/policy": total * self.world, "tokens": tokens, "sampler/gap": (gap, sampled), **mean}
             out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
         return out
 

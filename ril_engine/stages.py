@@ -18,9 +18,10 @@ from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
 from ril_engine.families import language_model
-from ril_engine.models import Encoder, generate, load, uniforms
+from ril_engine.models import Encoder, load
 from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
 from ril_engine.rewards import answer_reward
+from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import progress
 from ril_kernels import discriminator_loss
 
@@ -35,7 +36,9 @@ def is_main() -> bool:
 def _code() -> str:
     """A hash of the code that stage output depends on: another version of it builds its own."""
     names = ("digits", "engine", "families", "models", "packing", "policy", "rewards", "stages", "tiny_models")
-    return hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes() for name in names)).hexdigest()
+    files = [Path(__file__).with_name(f"{name}.py") for name in names]
+    files += sorted(Path(__file__).with_name("rollout").glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 def key_of(*parts) -> str:
@@ -223,23 +226,21 @@ def responses(config: Config, source: str, which: ModelConfig, model_key: str, d
         model, processor = load(which)
         encoder = Encoder(model.eval(), processor, data_dir, config.data.max_image_pixels)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = [(i, n) for i in range(rank, len(rows), world) for n in range(per)]
-        size = config.sampling.batch_size
+        mine = [(i, rows[i]) for i in range(rank, len(rows), world)]
+        sampler, size = rollout(model, encoder, config.sampling), config.sampling.batch_size
         with (
-            progress(len(mine), f"responses of {source}", enabled=is_main()) as advance,
+            progress(len(mine) * per, f"responses of {source}", enabled=is_main()) as advance,
             open(out / f"part-{rank}.jsonl", "w", encoding="utf-8") as file,
         ):
             for start in range(0, len(mine), size):
                 part = mine[start : start + size]
-                numbers = uniforms(config.seed, [(1, i, n) for i, n in part], config.sampling.max_new_tokens)
-                questions = [rows[i] for i, _ in part]
-                drawn = generate(model, encoder, questions, config.sampling, uniforms=numbers, batch_size=size)
-                for (_, n), row, (ids, truncated) in zip(part, questions, drawn, strict=True):
-                    text = encoder.decode(ids)
-                    reward = 0.0 if truncated else answer_reward(text, row["answer"])
-                    record = {"id": row["id"], "source": source, "sample": n, "text": text, "truncated": truncated}
-                    file.write(json.dumps({**record, "answer_reward": reward, "model": which.path}) + "\n")
-                advance(len(part))
+                drawn = sampler.generate(part, per, seed=seed_of(config.seed, 1), advance=advance)
+                for (_, row), some in zip(part, drawn, strict=True):
+                    for n, each in enumerate(some):
+                        reward = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
+                        record = {"id": row["id"], "source": source, "sample": n, "text": each.text}
+                        record |= {"truncated": each.truncated, "answer_reward": reward, "model": which.path}
+                        file.write(json.dumps(record) + "\n")
         _barrier()
         if is_main():
             parts = sorted(out.glob("part-*.jsonl"))

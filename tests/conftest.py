@@ -1,11 +1,18 @@
 """What every test shares: few threads, and a reason for each test that cannot run here."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+# Workers of pytest-xdist run side by side, one per core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,3 +32,44 @@ def alone():
     init_distributed()
     os.environ.clear()  # what it sets is not for the processes that other tests start
     os.environ.update(environment, LOCAL_RANK="0")  # but deepspeed.initialize asks for this one
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses what fake tensors allow and a host would wait for: copies from the GPU, and copies to it but for
+    non-blocking ones from pinned memory. Keeps the sizes of what the ops make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self.pinned: list[Tensor] = []
+
+    def pin(self, x: Tensor) -> Tensor:
+        self.pinned.append(x)
+        return x
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_host = [x for x in given if x.device.type == "cpu"]
+        if any(x.is_cuda for x in given) and not all(x.is_cuda for x in made):
+            raise AssertionError(f"{func} copies from the GPU to the host")
+        if on_host and any(x.is_cuda for x in made):
+            pinned = all(any(x is y for y in self.pinned) for x in on_host)
+            assert pinned and kwargs.get("non_blocking"), f"{func} copies to the GPU and waits"
+        self.sizes += [x.numel() for x in made]
+        return result
+
+
+@contextmanager
+def _fake_gpu() -> Iterator[NoWaits]:
+    """CUDA tensors of shapes and dtypes only, no GPU needed: PyTorch's fake kernels, which read no values."""
+    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True), NoWaits() as mode:
+        patch.setattr(Tensor, "pin_memory", lambda x: mode.pin(x))  # has no fake kernel
+        yield mode
+
+
+@pytest.fixture
+def fake_gpu():
+    return _fake_gpu

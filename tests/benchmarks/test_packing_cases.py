@@ -54,7 +54,7 @@ def test_the_model_has_about_20_million_parameters():
 
 def test_the_pictures_of_the_sizes_fit_their_prompts():
     for picture, prompt, _ in packing_cases.SIZES.values():
-        encoded = packing_cases._Question(one_layer(), picture, prompt).prompt(0)
+        encoded = packing_cases.prompt(picture, prompt)
         assert encoded["input_ids"].shape == (1, prompt)
         assert int((encoded["input_ids"] == packing_cases.IMAGE).sum()) == picture[0] * picture[1]
         if picture[0]:

@@ -62,13 +62,35 @@ def test_the_policy_gradient_does_not_depend_on_packing_or_micro_batches(job):
             return {"grad_norm": 0.0, "learning_rate": 0.0}
 
         loop.student.step = keep
-        losses.append(loop.update_policy(responses, advantages, PhaseTimer())["loss/policy"])
+        metrics = loop.update_policy(responses, advantages, PhaseTimer())
+        losses.append(metrics["loss/policy"])
+        gap, count = metrics["sampler/gap"]
+        assert count == sum(len(each["ids"]) for each in responses if each["source"] == "student")
+        assert gap / count < 1e-5
     assert losses == pytest.approx([losses[0]] * 5, abs=1e-7) and abs(losses[0]) > 1e-4
     for other in gradients[1:]:
         assert other.keys() == gradients[0].keys()
         for name, gradient in gradients[0].items():
             torch.testing.assert_close(other[name], gradient, atol=2e-7, rtol=1e-4)
     assert max(gradient.abs().max() for gradient in gradients[0].values()) > 1e-4
+
+
+def test_importance_weights_are_cut_and_the_students_alone(job):
+    make, questions = job
+    loop = make(updates_per_step=1, beta=0.0, importance_cap=1.5)
+    responses = loop.rollout(0, questions)
+    students = torch.tensor([each["source"] == "student" for each in responses])
+
+    def loss(advantages: torch.Tensor) -> float:
+        return loop.update_policy(responses, advantages.float(), PhaseTimer())["loss/policy"]
+
+    # On-policy every ratio is 1, so the loss counts tokens.
+    own, teachers = loss(students), loss(~students)
+    for each in responses:
+        if each["source"] == "student":  # as if the sampler had found them less probable than the trainer does
+            each["sampler_logprobs"] = [value - 1.0 for value in each["sampler_logprobs"]]
+    assert loss(students) == pytest.approx(1.5 * own, rel=1e-5)
+    assert loss(~students) == pytest.approx(teachers, rel=1e-5)
 
 
 def test_a_rank_without_a_response_adds_nothing(job):

@@ -281,6 +281,16 @@ def test_policy_loss(case, settings, budget, assert_accurate):
             torch.testing.assert_close(getattr(metrics, name), getattr(expected, name), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_token_that_was_not_sampled_keeps_its_weight(backend):
+    inputs = with_settings("everything", torch.float32, {"sampler": True})
+    own, teachers = inputs["sampler_logprobs"], torch.arange(len(inputs["target"])) % 2 == 0
+    unknown = {**inputs, "sampler_logprobs": own.masked_fill(teachers, torch.nan)}
+    equal = {**inputs, "sampler_logprobs": torch.where(teachers, inputs["behavior_logprobs"], own)}
+    for got, want in zip(loss_results(unknown, backend)[0], loss_results(equal, backend)[0], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 @pytest.mark.parametrize("settings", [{}, {"ratio_level": "sequence"}, {"entropy_coef": 0.01}], ids=str)
 @pytest.mark.parametrize("case", LOSS_CASES)
 def test_policy_loss_in_bfloat16(case, settings, isa, assert_accurate):

@@ -1,58 +1,17 @@
 """prefix_attention on a GPU: without one, that nothing waits and nothing is (T, T); with one, its numbers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ril_kernels import PackLayout, prefix_attention
 from ril_kernels.prefix_attention.op import resolve_backend
 from ril_kernels.prefix_attention.reference import CASES, make_inputs, prefix_attention_reference
 
 NAMES = ("query", "key", "value")
-
-
-class NoWaits(TorchDispatchMode):
-    """Refuses what fake tensors allow and a host would wait for: copies from the GPU, and copies to it but for
-    non-blocking ones from pinned memory. Keeps the sizes of what the ops make."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sizes: list[int] = []
-        self.pinned: list[Tensor] = []
-
-    def pin(self, x: Tensor) -> Tensor:
-        self.pinned.append(x)
-        return x
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        on_host = [x for x in given if not x.is_cuda]
-        if len(on_host) < len(given) and not all(x.is_cuda for x in made):
-            raise AssertionError(f"{func} copies from the GPU to the host")
-        if on_host and any(x.is_cuda for x in made):
-            pinned = all(any(x is y for y in self.pinned) for x in on_host)
-            assert pinned and kwargs.get("non_blocking"), f"{func} copies to the GPU and waits"
-        self.sizes += [x.numel() for x in made]
-        return result
-
-
-@contextmanager
-def fake_gpu() -> Iterator[NoWaits]:
-    """CUDA tensors of shapes and dtypes only, no GPU needed: PyTorch's fake kernels, which read no values."""
-    with pytest.MonkeyPatch.context() as patch, FakeTensorMode(allow_non_fake_inputs=True), NoWaits() as mode:
-        patch.setattr(Tensor, "pin_memory", lambda x: mode.pin(x))  # has no fake kernel
-        yield mode
 
 
 @pytest.mark.parametrize(
@@ -69,7 +28,7 @@ def fake_gpu() -> Iterator[NoWaits]:
         lambda x: x[x > 0],
     ],
 )
-def test_a_sync_is_seen(sync):
+def test_a_sync_is_seen(fake_gpu, sync):
     with fake_gpu(), pytest.raises((AssertionError, RuntimeError)):
         sync(torch.ones(3, device="cuda"))
 
@@ -93,7 +52,7 @@ def fake_inputs(layout: PackLayout, dtype: torch.dtype, head_size: int = 64) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("groups", [[(16, [4, 3])], [(16, [4, 3]), (9, [5]), (0, [2])], [(0, [2, 3])], [(5, [])]])
-def test_nothing_waits(groups, dtype):
+def test_nothing_waits(fake_gpu, groups, dtype):
     layout = PackLayout.from_groups(groups)
     with fake_gpu():
         inputs = fake_inputs(layout, dtype)
@@ -103,7 +62,7 @@ def test_nothing_waits(groups, dtype):
         assert (result.shape, result.dtype, result.device) == (inputs[name].shape, dtype, inputs[name].device)
 
 
-def test_memory_is_linear():
+def test_memory_is_linear(fake_gpu):
     layout = PackLayout.from_groups([(64, [16] * 8)] * 40)
     with fake_gpu() as mode:
         inputs = fake_inputs(layout, torch.bfloat16, head_size=8)
@@ -112,7 +71,7 @@ def test_memory_is_linear():
 
 
 @pytest.mark.parametrize("head_size", [12, 264])
-def test_head_size_errors(head_size):
+def test_head_size_errors(fake_gpu, head_size):
     layout = PackLayout.from_groups([(4, [2])])
     message = rf"query: got head size {head_size}, expected a multiple of 8, at most 256, for backend 'torch'\. Use"
     with fake_gpu(), pytest.raises(ValueError, match=message):
@@ -120,14 +79,14 @@ def test_head_size_errors(head_size):
 
 
 @pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
-def test_flash_attn_not_installed():
+def test_flash_attn_not_installed(fake_gpu):
     layout = PackLayout.from_groups([(4, [2])])
     message = r"backend: got 'flash_attn', expected flash-attn to be installed\. Install it"
     with fake_gpu(), pytest.raises(ValueError, match=message):
         prefix_attention(**fake_inputs(layout, torch.bfloat16), backend="flash_attn")
 
 
-def test_float32_takes_the_definition():
+def test_float32_takes_the_definition(fake_gpu):
     with fake_gpu():
         assert resolve_backend("auto", torch.empty(1, 1, 8, device="cuda")) == "reference"
 

@@ -153,7 +153,7 @@ def policy_loss(
     token_advantages: Tensor | None = None,  # (T,) instead of rewards
     behavior_logprobs: Tensor | None = None,  # (T,); None is on-policy, ratio 1
     reference_logprobs: Tensor | None = None,  # (T,)
-    sampler_logprobs: Tensor | None = None,  # (T,) what generation returned, where it differs from the behavior
+    sampler_logprobs: Tensor | None = None,  # (T,) what generation returned, where it differs from the behavior, or NaN
     importance_weights: Tensor | None = None,  # (T,) ready-made factors of the policy term
     mask: Tensor | None = None,  # (T,) bool, True counts; None is all
     kl_mask: Tensor | None = None,  # (T,) bool; None is mask

@@ -124,7 +124,8 @@ def policy_terms(
     term_t = min(min(r_t, clip_max) A_t, clip(r_t, 1 - clip_low, 1 + clip_high) A_t)    grpo, dr_grpo, bnpo, dapo
              min(r_t, clip_high) A_t log policy_t, the factor before the log constant    cispo (arXiv 2506.13585)
              4 / tau sigmoid(tau (r_t - 1)) A_t, tau by the sign of A_t                  sapo (arXiv 2511.20347)
-    term_t is multiplied by importance_t and min(behavior / sampler, importance_cap), both constants
+    term_t is multiplied by importance_t and min(behavior / sampler, importance_cap), both constants; a sampler
+    log-prob of NaN, of a token that was not sampled, leaves it as it is
     kl_t   = exp(d_t) - d_t - 1 (k3),  -d_t (k1),  d_t^2 / 2 (k2)
 
     loss = -sum_{mask} w_t (term_t + entropy_coef entropy_t) / norm  +  beta sum_{kl_mask} w_t kl_t / kl_norm
@@ -158,6 +159,7 @@ def policy_terms(
         term = term * terms.importance_weights
     if terms.sampler_logprobs is not None:
         mismatch = (behavior - terms.sampler_logprobs).exp()
+        mismatch = torch.where(terms.sampler_logprobs.isnan(), 1.0, mismatch)
         term = term * (mismatch if settings.importance_cap is None else mismatch.clamp(max=settings.importance_cap))
     if settings.entropy_coef > 0:
         term = term + settings.entropy_coef * entropy
