@@ -41,7 +41,7 @@ def test_defaults_are_the_papers(write):
         ("rl: {algorithm: ril}", "teachers is empty, but rl.algorithm is ril"),
         (GOOD + "rl: [", r"malformed YAML at line \d+, column \d+"),
         ("- 1", "expected a mapping of settings, got list"),
-        ("teachers: [{name: a}, {name: a}]", r"names must differ, got \['a', 'a'\]"),
+        ("teachers: [{name: a, path: b}, {name: a, path: b}]", r"names must differ, got \['a', 'a'\]"),
         (
             GOOD + "responses: {per_question: 2}",
             "responses.per_question is 2 .* raise responses.per_question",
