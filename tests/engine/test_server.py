@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -526,3 +527,59 @@ def test_a_picture_outside_the_data_folder_is_not_sent(loopback, served, tmp_pat
     with pytest.raises(UserError, match=r"image '../a.png': outside the dataset folder"):
         stages.served_responses(config, config.teachers[0], tmp_path, "key")
     assert not server.bodies
+
+
+RANK = """
+import sys
+from datetime import timedelta
+import torch.distributed as dist
+from pathlib import Path
+from ril_engine import stages
+from ril_engine.config import load_config
+from ril_engine.errors import UserError
+config = load_config(sys.argv[1])
+rank = int(sys.argv[3])
+store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0, timedelta(seconds=200))  # the imports differ in time
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
+for _ in range(2):
+    try:
+        print("made", stages.served_responses(config, config.teachers[0], Path(config.data.dir), "key"))
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.distributed
+def test_one_of_two_ranks_asks_however_long_it_takes(loopback, tmp_path):
+    """The ranks' own time-out is 3 s, and the first answer takes 5. One is missing at first: both ranks hear of it."""
+
+    def behave(handler, seed, attempt):
+        if len(handler.server.bodies) == 1:
+            time.sleep(5)
+            handler.answer(b"", 500)
+        else:
+            echo(handler, seed, attempt)
+
+    server, config = loopback(behave), tmp_path / "config.json"
+    (tmp_path / "train.jsonl").write_text(json.dumps({"id": "q", "question": "?", "answer": "1"}))
+    teacher = {"name": "a", "server": {"url": server.url, "model": "m", "concurrency": 2, "attempts": 1}}
+    settings = {"work_dir": str(tmp_path / "runs"), "data": {"dir": str(tmp_path)}, "teachers": [teacher]}
+    config.write_text(json.dumps({**settings, "responses": {"per_question": 6}}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, config, port, str(rank)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=200)[0].splitlines()[-2:] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0] and said[0] == said[1]
+    missing, made = said[0]
+    assert "1 of 6 responses are missing, the first, (0, 0), because of: 500" in missing
+    assert len(Path(made.removeprefix("made ")).read_text().splitlines()) == 6 and len(server.bodies) == 7
