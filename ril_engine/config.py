@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ril_engine.errors import UserError
 
@@ -55,8 +57,56 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
 
 
+class ServerConfig(Section):
+    """An OpenAI-compatible server, such as vLLM's or SGLang's, that generates in place of a checkpoint loaded here."""
+
+    url: str = Field(description="base address, such as http://host:8000/v1")
+    model: str = Field(min_length=1, description="the name that the server knows the model by")
+    api_key_env: str | None = Field(None, description="name of the environment variable that holds the API key")
+    concurrency: Count = Field(16, description="requests under way at once")
+    timeout_s: Positive = Field(120.0, description="of one attempt, from connecting to the last byte")
+    attempts: Count = Field(5, description="per request, with growing pauses in between")
+    max_response_bytes: Count = Field(2**20, description="a larger response is refused and reported")
+
+    @field_validator("url")
+    @classmethod
+    def _address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query or parts.fragment:  # never shown: it may hold a password or a key
+            raise ValueError(
+                "expected a base such as http://host:8000/v1 without user, query or fragment; a key belongs into the "
+                "environment variable that api_key_env names"
+            )
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"got {url!r}, expected a base such as http://host:8000/v1")
+        return url.rstrip("/")
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _name(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # never shown: it may be the key
+            raise ValueError(
+                "expected the name of an environment variable, of letters, digits and _; export the key in one and "
+                "name it here"
+            )
+        return name
+
+
 class TeacherConfig(ModelConfig):
+    """A checkpoint at `path`, or a model behind a `server`."""
+
     name: str = Field(description="as it appears in responses and metrics", pattern=r"^[A-Za-z0-9_.-]+$")
+    path: str = Field("", description="as the student's; none with a server")
+    server: ServerConfig | None = Field(None, description="generates the responses; nothing is loaded here then")
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.server is None and not self.path:
+            raise ValueError(f"teacher {self.name} has neither path nor server: give one of them")
+        if self.server is not None and (self.path or self.trust_remote_code):
+            got = f"path {self.path!r}" if self.path else "trust_remote_code"
+            raise ValueError(f"teacher {self.name} has {got} and a server, which loads its own: remove one of them")
+        return self
 
 
 class TrainingConfig(Section):

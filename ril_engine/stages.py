@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,14 +19,16 @@ from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
 from ril_engine.families import language_model
-from ril_engine.models import Encoder, load
+from ril_engine.models import Encoder, image_url, load
 from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
 from ril_engine.rewards import answer_reward
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import progress
+from ril_engine.server import chat, collect, request_seed
 from ril_kernels import discriminator_loss
 
 DONE = "done.json"
+CODE = ("digits", "engine", "families", "models", "packing", "policy", "rewards", "server", "stages", "tiny_models")
 
 
 def is_main() -> bool:
@@ -35,8 +38,7 @@ def is_main() -> bool:
 @functools.cache
 def _code() -> str:
     """A hash of the code that stage output depends on: another version of it builds its own."""
-    names = ("digits", "engine", "families", "models", "packing", "policy", "rewards", "stages", "tiny_models")
-    files = [Path(__file__).with_name(f"{name}.py") for name in names]
+    files = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     files += sorted(Path(__file__).with_name("rollout").glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
@@ -209,6 +211,9 @@ def all_responses(
     student = config.student.model_copy(update={"path": student_path})
     files = {"student": responses(config, "student", student, student_key, data_dir, data_key)}
     for each in config.teachers:
+        if each.server is not None:
+            files[each.name] = served_responses(config, each, data_dir, data_key)
+            continue
         path, key = teacher(config, each, data_dir, data_key)
         source = each.model_copy(update={"path": path})
         files[each.name] = responses(config, each.name, source, key, data_dir, data_key)
@@ -217,9 +222,7 @@ def all_responses(
 
 def responses(config: Config, source: str, which: ModelConfig, model_key: str, data_dir: Path, data_key: str) -> Path:
     """N saved responses per training question, judged once: responses.jsonl with provenance."""
-    rows = read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
-    rows = rows[: config.responses.questions or None]
-    per = config.responses.per_question
+    rows, per = _asked(config, data_dir), config.responses.per_question
     key = key_of("responses", source, model_key, config.responses, config.sampling, config.seed, data_key)
 
     def build(out: Path) -> None:
@@ -237,10 +240,7 @@ def responses(config: Config, source: str, which: ModelConfig, model_key: str, d
                 drawn = sampler.generate(part, per, seed=seed_of(config.seed, 1), advance=advance)
                 for (_, row), some in zip(part, drawn, strict=True):
                     for n, each in enumerate(some):
-                        reward = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
-                        record = {"id": row["id"], "source": source, "sample": n, "text": each.text}
-                        record |= {"truncated": each.truncated, "answer_reward": reward, "model": which.path}
-                        file.write(json.dumps(record) + "\n")
+                        file.write(_record(row, source, n, each.text, each.truncated, which.path))
         _barrier()
         if is_main():
             parts = sorted(out.glob("part-*.jsonl"))
@@ -249,6 +249,62 @@ def responses(config: Config, source: str, which: ModelConfig, model_key: str, d
                 part.unlink()
 
     return stage(config, f"responses_{source}", key, build) / "responses.jsonl"
+
+
+def _asked(config: Config, data_dir: Path) -> list[dict]:
+    rows = read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
+    return rows[: config.responses.questions or None]
+
+
+def _record(row: dict, source: str, sample: int, text: str, truncated: bool, model: str) -> str:
+    reward = 0.0 if truncated else answer_reward(text, row["answer"])
+    record = {"id": row["id"], "source": source, "sample": sample, "text": text, "truncated": truncated}
+    return json.dumps({**record, "answer_reward": reward, "model": model}) + "\n"
+
+
+def served_responses(config: Config, which: TeacherConfig, data_dir: Path, data_key: str) -> Path:
+    """What `responses` makes, from a server. Rank 0 asks; each answer outlives a crash in a file beside the stage."""
+    rows, server = _asked(config, data_dir), which.server
+    # Where and how fast the server answers is not in the key, so that a moved one goes on with the same answers.
+    sampling = config.sampling.model_dump(exclude={"batch_size", "cache_tokens"})
+    key = key_of("served responses", which.name, server.model, config.responses, sampling, config.seed, data_key)
+    saved = config.work_dir / "stages" / f"responses_{which.name}-{key}.answers.jsonl"
+    keys = [(i, n) for i in range(len(rows)) for n in range(config.responses.per_question)]
+
+    @functools.lru_cache(maxsize=1)  # the samples of a question are asked for one after another
+    def picture(i: int) -> str | None:
+        name = rows[i].get("image")
+        return image_url(data_dir, name, config.data.max_image_pixels) if name else None
+
+    def body(key: tuple[int, int]) -> dict:
+        seed = request_seed(config.seed, key)
+        return chat(server, rows[key[0]]["question"], picture(key[0]), config.sampling, seed)
+
+    def rank_0(out: Path) -> None:
+        answers = collect(server, keys, body, saved, f"responses of {which.name}")
+        lines = [_record(rows[i], which.name, n, *answer, server.model) for (i, n), answer in answers.items()]
+        (out / "responses.jsonl").write_text("".join(lines))
+
+    folder = stage(config, f"responses_{which.name}", key, lambda out: _on_rank_0(lambda: rank_0(out)))
+    if is_main():
+        saved.unlink(missing_ok=True)  # all of it is in the stage now
+    return folder / "responses.jsonl"
+
+
+def _on_rank_0(work: Callable[[], None]) -> None:
+    """Work of hours that waits for others: the ranks meet in a group of their own, since _barrier's gives up early."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if dist.is_initialized() else None
+    message: list[str | None] = [None]
+    if is_main():
+        try:
+            work()
+        except UserError as error:
+            message = [str(error)]
+    if group is not None:
+        dist.broadcast_object_list(message, src=0, group=group)
+        dist.destroy_process_group(group)
+    if message[0] is not None:
+        raise UserError(message[0])  # on every rank, so that none waits for one that has left
 
 
 def new_discriminator(student: ModelConfig):

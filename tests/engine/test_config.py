@@ -1,6 +1,7 @@
 """Config files: one clear line for each kind of bad input."""
 
 import pytest
+import yaml
 
 from ril_engine.config import load_config
 from ril_engine.errors import UserError
@@ -41,7 +42,7 @@ def test_defaults_are_the_papers(write):
         ("rl: {algorithm: ril}", "teachers is empty, but rl.algorithm is ril"),
         (GOOD + "rl: [", r"malformed YAML at line \d+, column \d+"),
         ("- 1", "expected a mapping of settings, got list"),
-        ("teachers: [{name: a}, {name: a}]", r"names must differ, got \['a', 'a'\]"),
+        ("teachers: [{name: a, path: b}, {name: a, path: b}]", r"names must differ, got \['a', 'a'\]"),
         (
             GOOD + "responses: {per_question: 2}",
             "responses.per_question is 2 .* raise responses.per_question",
@@ -51,13 +52,44 @@ def test_defaults_are_the_papers(write):
             "sft: warmup_steps 30 and final_steps 170 leave none of 200 steps",
         ),
         (GOOD + "discriminator: {validation_share: 0}", "validation_share: Input should be greater than 0, got 0"),
+        ("teachers: [{name: a}]", "teachers.0: teacher a has neither path nor server: give one of them"),
+        (
+            "teachers: [{name: a, path: 'tiny:qwen_teacher', server: {url: 'http://h/v1', model: m}}]",
+            "teachers.0: teacher a has path 'tiny:qwen_teacher' and a server, .*: remove one of them",
+        ),
+        (
+            "teachers: [{name: a, trust_remote_code: true, server: {url: 'http://h/v1', model: m}}]",
+            "teacher a has trust_remote_code and a server",
+        ),
+        (
+            "teachers: [{name: a, server: {url: 'host:8000/v1', model: m}}]",
+            "teachers.0.server.url: got 'host:8000/v1', expected a base such as http://host:8000/v1",
+        ),
+        (
+            "teachers: [{name: a, server: {url: 'http://h/v1', model: m, api_key: SECRET}}]",
+            "unknown key teachers.0.server.api_key: did you mean 'api_key_env'",
+        ),
+        (
+            "teachers: [{name: a, server: {url: 'http://me:SECRET@h/v1', model: m}}]",
+            "server.url: expected a base such as .* without user, query or fragment",
+        ),
+        (
+            "teachers: [{name: a, server: {url: 'http://h/v1', model: m, api_key_env: sk-SECRET}}]",
+            "server.api_key_env: expected the name of an environment variable, .*; export the key in one and name it",
+        ),
         ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
     ],
 )
 def test_bad_config_is_one_line(write, text, message):
     with pytest.raises(UserError, match=message) as caught:
         load_config(write(text))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "SECRET" not in str(caught.value)
+
+
+def test_a_served_teacher_survives_the_config_that_a_run_writes(write):
+    config = load_config(write("teachers: [{name: a, server: {url: 'http://h/v1/', model: m}}]"))
+    assert (config.teachers[0].path, config.teachers[0].server.url) == ("", "http://h/v1")
+    assert load_config(write(yaml.safe_dump(config.model_dump(mode="json")))) == config
 
 
 def test_missing_file_and_bad_override(write, tmp_path):
