@@ -369,6 +369,7 @@ def test_sampling_reaches_the_server():
             "top_k": -1,
             "repetition_penalty": 1.1,
             "max_tokens": 9,
+            "stop": None,
             "seed": 3,
             "n": 1,
         },
