@@ -21,7 +21,7 @@ from torch import Tensor
 from ril_kernels import _native
 from ril_kernels.token_logprob.head import Head, HeadGradients, spans
 
-TILE_BYTES = 64 * 2**20  # of a tile: large enough for an efficient GEMM
+TILE_BYTES = 16 * 2**20  # of a tile: enough for an efficient GEMM, and in the last cache when the next one reads it
 WORK_BYTES = 208 * 2**20  # of all logits that are held at a time, besides those in d(lm_head)
 CACHE_BYTES = 8 * 2**20  # of a chunk's logits, where lm_head is so small that streaming it again costs less
 MAX_ROWS = 2048  # of a tile that nothing holds
