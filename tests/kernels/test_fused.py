@@ -403,6 +403,32 @@ def test_under_another_default_device():
     torch.testing.assert_close(token_logprob(**inputs), expected)
 
 
+def test_memory_of_a_gradient_is_used_again_only_when_nothing_holds_it(monkeypatch):
+    monkeypatch.setattr(tiles, "HUGE_FROM", 0)
+    inputs = make_inputs("odd")
+
+    def gradient() -> torch.Tensor:
+        lm_head = inputs["lm_head"].detach().clone().requires_grad_()
+        token_logprob(**{**inputs, "lm_head": lm_head}).sum().backward()
+        return lm_head.grad
+
+    held = gradient()
+    expected, address = held.clone(), held.data_ptr()
+    for hold in (lambda x: x, lambda x: x.detach(), lambda x: x[1:].T, lambda x: x.numpy(), lambda x: x.data):
+        tiles.release()
+        held = gradient()
+        address, part = held.data_ptr(), hold(held)
+        del held
+        other = gradient()
+        assert other.data_ptr() != address and torch.equal(other, expected)
+        del part, other
+        assert tiles._num_holders(tiles._kept.gradient) == 1
+        address = tiles._kept.gradient.data_ptr()
+        again = gradient()
+        assert again.data_ptr() == address and torch.equal(again, expected)
+        del again
+
+
 def test_repeated_runs_are_bitwise_equal():
     inputs = with_settings("everything", torch.float32, {"loss_type": "grpo"})
     first, second = (loss_results(inputs, "cpu")[0] for _ in range(2))

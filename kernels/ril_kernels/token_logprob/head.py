@@ -121,13 +121,16 @@ def spans(length: int, most: int, multiple: int = 1) -> list[slice]:
 class HeadGradients:
     """d(hidden), d(lm_head) and d(bias) of the tiles added so far, for those that want one."""
 
-    def __init__(self, head: Head, needs: tuple[bool, bool, bool]) -> None:
+    def __init__(self, head: Head, needs: tuple[bool, bool, bool], memory: Tensor | None = None) -> None:
+        """`memory`: (V, H) float32 for d(lm_head)."""
         self.head = head
         self.hidden = torch.empty_like(head.hidden, memory_format=torch.contiguous_format) if needs[0] else None
         self.wants_head = needs[1]
         # On a GPU the first product in 16 bits is the buffer.
-        buffer = needs[1] and (head.hidden.device.type == "cpu" or head.hidden.dtype == torch.float32)
-        self.lm_head = torch.empty_like(head.lm_head, dtype=torch.float32) if buffer else None
+        in_place = head.hidden.device.type == "cpu" or head.hidden.dtype == torch.float32
+        if needs[1] and in_place and memory is None:
+            memory = torch.empty_like(head.lm_head, dtype=torch.float32)
+        self.lm_head = memory
         self.bias = torch.zeros_like(head.bias, dtype=torch.float32) if needs[2] else None
 
     def add(self, rows: slice, columns: slice, grad_logits: Tensor) -> None:

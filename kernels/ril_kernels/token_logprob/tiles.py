@@ -1,7 +1,8 @@
 """The pass over the logits on a CPU: tiles of rows by columns of the vocabulary, a C++ epilogue between the GEMMs.
 
 T packed tokens, H hidden, V vocabulary, R rows and C columns of a tile. Beside the GEMMs, memory costs time: traffic,
-and new pages. The memory of the tiles is this thread's, kept from call to call.
+and new pages. The memory of the tiles is this thread's, kept from call to call, and so is that of d(lm_head) once
+nobody holds it any more.
 
 - All rows go through one sweep over the vocabulary where they can, so that lm_head is streamed from memory once per
   GEMM. The training pass must hold R x V logits until a row's last column is known, and R is what a memory budget
@@ -193,10 +194,7 @@ class TiledPass:
         return known.logprob, known.entropy, gradients.results()
 
     def _gradients(self, needs: tuple[bool, bool, bool]) -> HeadGradients:
-        gradients = HeadGradients(self.head, needs)
-        if gradients.lm_head is not None:
-            _huge(gradients.lm_head)
-        return gradients
+        return HeadGradients(self.head, needs, _gradient_memory(self.head.lm_head) if needs[1] else None)
 
     def _row_bytes(self) -> int:
         # bfloat16 needs a float32 copy of d(logits) for d(lm_head), see HeadGradients.
@@ -273,7 +271,7 @@ _kept = threading.local()
 
 
 def release() -> None:
-    """Give back the memory that this thread's tiles have kept: at most WORK_BYTES, or one tile."""
+    """Give back the memory that this thread has kept: at most WORK_BYTES, or one tile, and one d(lm_head)."""
     vars(_kept).clear()
 
 
@@ -286,6 +284,27 @@ def _work(like: Tensor, elements: int) -> Tensor:
     if memory is None or memory.nbytes < needed:
         memory = _kept.memory = _huge(torch.empty(needed, dtype=torch.uint8, device=like.device))
     return memory[:needed].view(like.dtype)
+
+
+def _gradient_memory(lm_head: Tensor) -> Tensor:
+    """Uninitialised float32 memory of the shape of lm_head: the last call's, if nothing else holds a part of it.
+
+    A virtual machine that gives free pages back to its host took a fifth of the GEMMs' time to get them again.
+    """
+    num_bytes = lm_head.numel() * 4
+    if torch.compiler.is_compiling() or num_bytes < HUGE_FROM:
+        return torch.empty_like(lm_head, dtype=torch.float32)
+    storage = getattr(_kept, "gradient", None)
+    if storage is None or storage.nbytes() != num_bytes or _num_holders(storage) != 1:
+        new = torch.empty(num_bytes, dtype=torch.uint8, device=lm_head.device)
+        storage = _kept.gradient = _huge(new).untyped_storage()
+    return torch.empty(0, dtype=torch.float32, device=lm_head.device).set_(storage, 0, lm_head.shape)
+
+
+def _num_holders(storage: torch.UntypedStorage) -> int:
+    """Of `storage`, this variable included: tensors, views of them, arrays that NumPy made of them."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return count(storage._cdata) if count is not None else 2
 
 
 def _huge(memory: Tensor) -> Tensor:
