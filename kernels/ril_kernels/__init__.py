@@ -8,15 +8,19 @@ from ril_kernels.policy_loss.advantages import group_advantages
 from ril_kernels.policy_loss.op import policy_loss
 from ril_kernels.prefix_attention.layout import PackLayout
 from ril_kernels.prefix_attention.op import prefix_attention
+from ril_kernels.sampling.op import Sample, sample, token_bits
 from ril_kernels.token_logprob.op import token_logprob
 
 __all__ = [
     "PackLayout",
+    "Sample",
     "discriminator_head",
     "discriminator_loss",
     "group_advantages",
     "policy_loss",
     "prefix_attention",
+    "sample",
     "similarity_reward",
+    "token_bits",
     "token_logprob",
 ]

@@ -13,11 +13,12 @@ import torch  # noqa: F401  (before the library: see above)
 
 import ril_kernels
 
-ABI_VERSION = 3  # RIL_ABI_VERSION in abi.h
+ABI_VERSION = 4  # RIL_ABI_VERSION in abi.h
 
 ISA = 0  # of the vectorised functions: 0 is the best that this CPU has, 1 is scalar (tests set it)
 
-_POINTER, _INT64, _INT32, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_POINTER, _INT64, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_FLOAT, _DOUBLE = ctypes.c_float, ctypes.c_double
 
 # logits, stride, rows, columns, first column, vocab, target, temperature, softcap, isa
 _TILE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64, _POINTER, _POINTER, _FLOAT, _INT32)
@@ -25,6 +26,11 @@ _TILE = (_POINTER, _INT64, _INT64, _INT64, _INT64, _INT64, _POINTER, _POINTER, _
 _TILE_STATS = (*_TILE, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER)
 # ..., out, its stride, tops f32 or null, lse f64, entropy, grad_logprob, grad_entropy f32 or null (rows,)
 _TILE_GRAD = (*_TILE, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _POINTER)
+# logits, stride, rows, vocab, seed, question, sample number, position (rows,) i64,
+# temperature, top k, top p, repetition penalty, banned bits, seen bits (rows, W) i32 in and out, or null, isa,
+# token (rows,) i64 out, policy logprob, sampling logprob (rows,) f32 out
+_SAMPLE = (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _DOUBLE, _FLOAT,
+           _POINTER, _POINTER, _INT32, _POINTER, _POINTER, _POINTER)  # fmt: skip
 
 # Every exported function and the types of its arguments; each returns int32.
 SIGNATURES: dict[str, tuple[type, ...]] = {
@@ -35,6 +41,8 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "ril_tile_stats_bf16": _TILE_STATS,
     "ril_tile_grad_f32": _TILE_GRAD,
     "ril_tile_grad_bf16": _TILE_GRAD,
+    "ril_sample_f32": _SAMPLE,
+    "ril_sample_bf16": _SAMPLE,
     # memory, bytes
     "ril_huge_pages": (_POINTER, _INT64),
 }

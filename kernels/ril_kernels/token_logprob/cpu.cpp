@@ -16,18 +16,6 @@
 
 namespace {
 
-constexpr int32_t ISA_AUTO = 0;
-constexpr int32_t ISA_SCALAR = 1;  // asked for by tests, and used where there is no AVX2
-
-bool use_vectors(int32_t isa) {
-#if defined(__x86_64__)
-  return isa == ISA_AUTO && has_avx2();
-#else
-  (void)isa;
-  return false;
-#endif
-}
-
 // A tile: rows by columns of logits with a row stride, and where it lies in the vocabulary.
 template <typename T>
 struct Tile {

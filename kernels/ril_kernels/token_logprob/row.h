@@ -1,5 +1,5 @@
 // The maths of a row of logits, scalar and AVX2: exp, tanh, the running sums of a softmax, and d(logits).
-// cpu.cpp calls block_sums and row_grad; the definition is token_logprob_reference.
+// cpu.cpp calls block_sums and row_grad, sampling's block_sums; the definition is token_logprob_reference.
 #pragma once
 
 #include <cmath>
@@ -290,6 +290,18 @@ bool has_avx2() {
 }
 
 #endif
+
+constexpr int32_t ISA_AUTO = 0;
+constexpr int32_t ISA_SCALAR = 1;  // asked for by tests, and used where there is no AVX2
+
+inline bool use_vectors(int32_t isa) {
+#if defined(__x86_64__)
+  return isa == ISA_AUTO && has_avx2();
+#else
+  (void)isa;
+  return false;
+#endif
+}
 
 template <typename T>
 void block_sums(const T* logits, int64_t count, const Head& head, bool vectors, Sums* sums, float* kept) {
