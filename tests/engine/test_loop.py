@@ -87,8 +87,8 @@ def test_importance_weights_are_cut_and_the_students_alone(job):
     # On-policy every ratio is 1, so the loss counts tokens.
     own, teachers = loss(students), loss(~students)
     for each in responses:
-        if each["source"] == "student":  # as if the sampler had found them less probable than the trainer does
-            each["sampler_logprobs"] = [value - 1.0 for value in each["sampler_logprobs"]]
+        if each["source"] == "student":  # as if the sampler had found them far less probable
+            each["sampler_logprobs"] = [value - 5.0 for value in each["sampler_logprobs"]]
     assert loss(students) == pytest.approx(1.5 * own, rel=1e-5)
     assert loss(~students) == pytest.approx(teachers, rel=1e-5)
 
