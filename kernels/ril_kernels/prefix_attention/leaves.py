@@ -13,6 +13,7 @@ of that softmax's gradients. The kernels look at neither strides nor dtypes of a
 """
 
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -81,61 +82,64 @@ def flash_attn_backward(grad_out, query, key, value, out, lse, sequences: Sequen
     return gradients
 
 
+# Since 2.9 (pytorch#157893) the CPU's kernel takes fewer key heads than query heads; for older ones they are repeated.
+_TAKES_FEWER_KEY_HEADS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+
 def cpu_forward(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, scale: float):
-    """The kernel under scaled_dot_product_attention on a CPU, once per sequence; float64 too."""
+    """The kernel under scaled_dot_product_attention on a CPU, once for equally long sequences side by side; float64
+    too."""
     check_contract(sequences, (query, key, value))
     num_tokens, num_heads, _ = query.shape
     out = query.new_empty(query.shape)
     lse = query.new_empty(num_heads, num_tokens, dtype=result_dtype(query.dtype))
-    grid = _grid(query, key)
-    by_query = [_query_heads(query, grid), _query_heads(out, grid), lse.unflatten(0, grid)]
-    by_key = [_key_heads(x, grid) for x in (key, value)]
-    for q, o, lse_part, k, v in _by_sequence(sequences, by_query, by_key):
+    for q, o, lse_part, k, v in _runs(sequences, (query, out, lse.T), (key, value)):
+        q, k, v = _heads(q), *(_repeated(_heads(x), num_heads) for x in (k, v))
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, sequences.causal, scale=scale
         )
-        o.copy_(results[0])
-        lse_part.copy_(results[1])
+        _heads(o).copy_(results[0])
+        _heads(lse_part).copy_(results[1])
     return out, lse
 
 
 def cpu_backward(grad_out, query, key, value, out, lse, sequences: Sequences, scale: float):
     check_contract(sequences, (grad_out, query, key, value, out), lse)
     grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
-    grid = _grid(query, key)
-    by_query = [*(_query_heads(x, grid) for x in (grad_out, query, out, grads[0])), lse.unflatten(0, grid)]
-    by_key = [*(_key_heads(x, grid) for x in (key, value)), *(x.transpose(0, 1).unsqueeze(1) for x in grads[1:])]
-    for grad_o, q, o, grad_q, lse_part, k, v, grad_k, grad_v in _by_sequence(sequences, by_query, by_key):
+    num_heads = query.shape[1]
+    by_query, by_key = (grad_out, query, out, lse.T, grads[0]), (key, value, *grads[1:])
+    for grad_o, q, o, lse_part, grad_q, k, v, *grad_kv in _runs(sequences, by_query, by_key):
+        k, v = (_repeated(_heads(x), num_heads) for x in (k, v))
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_o, q, k, v, o, lse_part, 0.0, sequences.causal, scale=scale
+            _heads(grad_o), _heads(q), k, v, _heads(o), _heads(lse_part), 0.0, sequences.causal, scale=scale
         )
-        grad_q.copy_(results[0])
-        torch.sum(results[1], 1, keepdim=True, out=grad_k)
-        torch.sum(results[2], 1, keepdim=True, out=grad_v)
+        _heads(grad_q).copy_(results[0])
+        for grad, result in zip(map(_heads, grad_kv), results[1:], strict=True):
+            grad.copy_(result if result.shape == grad.shape else result.unflatten(1, (grad.shape[1], -1)).sum(2))
     return grads
 
 
-# On a CPU the key heads are the kernel's batch, and the query heads of one key head its heads, for which a stride of 0
-# repeats that key head: a grid of (Hkv, Hq / Hkv). By itself the kernel takes fewer key heads than query heads only
-# since pytorch#157893. All of these are views of (tokens, heads, D), of shape (*grid, tokens, D).
+def _heads(x: Tensor) -> Tensor:
+    """(N, tokens, heads, ...) as the kernel takes it: heads before tokens."""
+    return x.transpose(1, 2)
 
 
-def _grid(query: Tensor, key: Tensor) -> tuple[int, int]:
-    return key.shape[1], query.shape[1] // key.shape[1]
+def _repeated(x: Tensor, num_heads: int) -> Tensor:
+    return x if _TAKES_FEWER_KEY_HEADS else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
-def _query_heads(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    return x.unflatten(1, grid).permute(1, 2, 0, 3)
-
-
-def _key_heads(x: Tensor, grid: tuple[int, int]) -> Tensor:
-    return x.transpose(0, 1).unsqueeze(1).expand(-1, grid[1], -1, -1)
-
-
-def _by_sequence(sequences: Sequences, by_query: list[Tensor], by_key: list[Tensor]) -> Iterator[tuple[Tensor, ...]]:
-    """Each sequence's part of every tensor, whose third dimension is tokens."""
-    num_queries, num_keys = (cu.diff().tolist() for cu in (sequences.cu_queries, sequences.cu_keys))
-    return zip(*(x.split(num_queries, 2) for x in by_query), *(x.split(num_keys, 2) for x in by_key), strict=True)
+def _runs(sequences: Sequences, by_query: tuple[Tensor, ...], by_key: tuple[Tensor, ...]) -> Iterator[list[Tensor]]:
+    """Of every tensor, whose rows are tokens, the part of sequences side by side that are equally long: (N, tokens,
+    ...)."""
+    lengths = zip(*(cu.diff().tolist() for cu in (sequences.cu_queries, sequences.cu_keys)), strict=True)
+    first_query = first_key = 0
+    for (num_queries, num_keys), run in groupby(lengths):
+        count = sum(1 for _ in run)
+        yield [
+            *(x[first_query : first_query + count * num_queries].unflatten(0, (count, num_queries)) for x in by_query),
+            *(x[first_key : first_key + count * num_keys].unflatten(0, (count, num_keys)) for x in by_key),
+        ]
+        first_query, first_key = first_query + count * num_queries, first_key + count * num_keys
 
 
 LEAVES = {
