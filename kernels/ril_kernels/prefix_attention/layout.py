@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class Sequences(NamedTuple):
     max_queries: int
     max_keys: int
     causal: bool
+    runs: tuple[tuple[int, int, int], ...]  # how many side by side have as many queries and as many keys: N, Tq, Tk
 
 
 class Plan(NamedTuple):
@@ -101,7 +103,7 @@ def _to(device: torch.device, value: object) -> object:
     if isinstance(value, Tensor):
         # From pinned memory the copy waits for nothing.
         return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
-    return type(value)(*(_to(device, part) for part in value)) if isinstance(value, tuple) else value
+    return type(value)(*(_to(device, part) for part in value)) if hasattr(value, "_fields") else value
 
 
 def _host_plan(starts: Tensor, prefix: Tensor) -> Plan:
@@ -119,7 +121,9 @@ def _host_plan(starts: Tensor, prefix: Tensor) -> Plan:
 
 def _sequences(num_queries: Tensor, num_keys: Tensor, *, causal: bool) -> Sequences:  # lengths, (N,) each
     cu_queries, cu_keys = (torch.cat([n.new_zeros(1), n.cumsum(0)]).int() for n in (num_queries, num_keys))
-    return Sequences(cu_queries, cu_keys, int(num_queries.max()), int(num_keys.max()), causal)
+    lengths = groupby(zip(num_queries.tolist(), num_keys.tolist(), strict=True))
+    runs = tuple((sum(1 for _ in run), *each) for each, run in lengths)
+    return Sequences(cu_queries, cu_keys, int(num_queries.max()), int(num_keys.max()), causal, runs)
 
 
 def _rows(starts: Tensor, segments: Tensor) -> slice | Tensor:
