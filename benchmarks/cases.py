@@ -10,13 +10,15 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from benchmarks import attention_cases, packing_cases, rollout_cases
 from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
-from benchmarks.peers import logprob_peers, loss_peers
-from ril_kernels import discriminator_head, group_advantages, policy_loss, token_logprob
+from benchmarks.peers import logprob_peers, loss_peers, sampling_peers
+from ril_kernels import discriminator_head, group_advantages, policy_loss, sample, token_bits, token_logprob
 from ril_kernels.discriminator_head.reference import discriminator_head_reference
 from ril_kernels.policy_loss.reference import group_advantages_reference
+from ril_kernels.sampling.reference import sample_reference
 from ril_kernels.token_logprob.reference import token_logprob_reference
 
 OPS = (
@@ -24,6 +26,7 @@ OPS = (
     "policy_loss",
     "group_advantages",
     "discriminator_head",
+    "sampling",
     "prefix_attention",
     "policy_pack",
     "rollout",
@@ -42,6 +45,8 @@ MODELS = {
 # device, full -> tokens and what H and V are divided by. A scaled head keeps the ratio of GEMM to epilogue within 4.
 SIZES = {("cpu", False): (128, 4, 16), ("cpu", True): (1024, 1, 1), ("cuda", False): (8192, 1, 1)}
 RESPONSE_LENGTH, GROUP_SIZE = 32, 4
+# What a step of generation draws with: RIL's own, and a usual setting of inference.
+SAMPLING = {"temperature 1": {}, "filtered": {"top_k": 50, "top_p": 0.95, "repetition_penalty": 1.05}}
 FLOOR_ROWS = (128, 256, 342)  # and all of T
 
 
@@ -192,6 +197,39 @@ def discriminator_head_case(tokens: int, responses: int, hidden: int, dtype: tor
     )
 
 
+def sampling_case(name: str, rows: int, vocabulary: int, dtype: torch.dtype, device: str) -> Case:
+    """Candidates return both log-probs of a token: their own, for a peer that draws by other random numbers ours, after
+    it has drawn one. Each call starts from the same `seen`, so it copies it: 1/32 of the bytes of the logits."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(vocabulary, (rows, 512), generator=generator).to(device)
+    banned = token_bits(torch.arange(vocabulary - 20, vocabulary, device=device), vocabulary)
+    options = SAMPLING[name]
+    bits = token_bits(prompts, vocabulary) if "repetition_penalty" in options else None
+    row = torch.arange(rows, device=device)
+    inputs = {"logits": (4 * torch.randn(rows, vocabulary, generator=generator)).to(device, dtype)}
+    fixed = {"seed": torch.tensor(0, device=device), "question": row, "sample_number": row, "position": row}
+    fixed |= {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, **options, "banned": banned}
+
+    def run(function: Callable, logits: Tensor) -> Tensor:
+        return torch.stack(function(logits, **fixed, seen=None if bits is None else bits.clone())[1:])
+
+    token = sample_reference(**inputs, **fixed, seen=None if bits is None else bits.clone()).token
+    candidates = {
+        BASELINE: partial(run, sample_reference),
+        "ril_kernels": partial(run, sample),
+        **sampling_peers(partial(run, sample_reference), prompts, token, vocabulary, options, device),
+    }
+    return Case(
+        "sampling",
+        f"sampling {name} B={rows} V={vocabulary}",
+        inputs,
+        candidates,
+        {NO_GRAD: [lambda: inputs["logits"].amax(1)]},
+        "one read of the logits, amax",
+        num_bytes=inputs["logits"].numel() * inputs["logits"].element_size(),
+    )
+
+
 def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[[], Case]]]:
     """(op, what it is about, builder): cases are built one at a time, since the large ones hold gigabytes."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -212,5 +250,8 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
             cases.append(("group_advantages", f"N={num}", partial(group_advantages_case, num, device)))
     size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
     cases.append(("discriminator_head", f"T={size[0]}", partial(discriminator_head_case, *size, dtype, device)))
+    rows = 64 if device == "cuda" or full else 8
+    for name in SAMPLING:
+        cases.append(("sampling", name, partial(sampling_case, name, rows, MODELS["Qwen2.5-VL-3B"][1], dtype, device)))
     cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
     return cases + rollout_cases.all_cases(device)

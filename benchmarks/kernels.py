@@ -28,11 +28,14 @@ ARGUMENTS = {
     "logits": LOGITS,
     **dict.fromkeys(("temperature", "logprob", "entropy", "grad_logprob", "grad_entropy"), "*fp32"),
     **dict.fromkeys(("rewards", "advantages"), "*fp32"),
-    **dict.fromkeys(("target", "groups"), "*i64"),
+    **dict.fromkeys(("target", "groups", "seed", "question", "sample_number", "position", "token"), "*i64"),
+    **dict.fromkeys(("policy_logprob", "sampling_logprob"), "*fp32"),
+    **dict.fromkeys(("banned", "seen", "ids"), "*i32"),
     "lse": "*fp64",
-    "softcap": "fp32",
+    **dict.fromkeys(("softcap", "tau", "rate", "penalty"), "fp32"),
+    "top_p": "fp64",
     "stride": "i64",
-    **dict.fromkeys(("num_vocab", "num_responses"), "i32"),
+    **dict.fromkeys(("num_vocab", "num_responses", "top_k", "flags"), "i32"),
 }
 # The values that a launcher passes for a constant; for any other it passes its module's constant of that name.
 CHOICES = {"CAPPED": (False, True), "PADDED": (True, False), "KIND": ADVANTAGE_KINDS}

@@ -1,4 +1,4 @@
-"""token_logprob and policy_loss as other libraries have them, each where it is installed and applies.
+"""token_logprob, policy_loss and sample as other libraries have them, each where it is installed and applies.
 
 T packed tokens, H hidden, V vocabulary, N responses of L tokens each (so that padded peers pad nothing).
 """
@@ -27,6 +27,10 @@ try:
     from cut_cross_entropy import linear_cross_entropy as cut_cross_entropy
 except ImportError:
     cut_cross_entropy = None
+try:
+    from transformers import generation
+except ImportError:
+    generation = None
 
 
 def logprob_peers(device: str) -> dict[str, Callable[..., Tensor]]:
@@ -70,6 +74,35 @@ def loss_peers(device: str) -> dict[str, Callable[..., Tensor]]:
         peers["TRL ChunkedLogProbFunction, our terms"] = on_trl
     if LigerFusedLinearGRPOLoss is not None:
         peers["Liger GRPO loss"] = _liger_loss(compiled=device == "cuda")
+    return peers
+
+
+def sampling_peers(
+    eager: Callable[..., Tensor],  # logits (B, V) -> both log-probs (2, B), by the definition
+    prompts: Tensor,  # (B, P)
+    token: Tensor,  # (B,) what it draws
+    vocab: int,
+    options: dict,
+    device: str,
+) -> dict[str, Callable[..., Tensor]]:
+    """logits -> log-prob of a token under the policy and under the sampling distribution (2, B)."""
+    peers = {"torch.compile(reference)": torch.compile(lambda logits: eager(logits))}
+    if generation is not None:
+        banned = list(range(vocab - 20, vocab))
+        steps = [generation.SuppressTokensLogitsProcessor(banned, device=device)]
+        if "repetition_penalty" in options:
+            steps.append(generation.RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+        if "top_k" in options:
+            steps += [generation.TopKLogitsWarper(options["top_k"]), generation.TopPLogitsWarper(options["top_p"])]
+        processors = generation.LogitsProcessorList(steps)
+
+        def hugging_face(logits: Tensor) -> Tensor:
+            scores = processors(prompts, logits.float())
+            torch.multinomial(scores.softmax(-1), 1)  # drawn as generate does; another token than ours
+            both = torch.stack((logits.float(), scores)).log_softmax(-1)
+            return both.gather(2, token.expand(2, -1)[..., None])[..., 0]
+
+        peers["Hugging Face processors, multinomial"] = hugging_face
     return peers
 
 

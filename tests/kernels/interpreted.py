@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_fused import exact, grad, logprob_results, loss_results, stats
 from test_group_advantages import KINDS, ragged
+from test_sampling import OPTIONS, VECTORS, check, check_invalid, drawn_bits, logits_of
 from triton.runtime.interpreter import InterpreterBuilder
 
 from ril_kernels import policy_loss
@@ -14,6 +15,7 @@ from ril_kernels.policy_loss import triton as advantages
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
 from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.policy_loss.reference import make_inputs as loss_inputs
+from ril_kernels.sampling import triton as sampling
 from ril_kernels.token_logprob.reference import CASES, make_inputs
 
 # `import ... as` would find the function token_logprob, which hides the package of its name.
@@ -24,6 +26,8 @@ kernels = importlib.import_module("ril_kernels.token_logprob.triton")
 def block(request, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", request.param)
     monkeypatch.setattr(advantages, "COLUMNS", request.param)
+    monkeypatch.setattr(sampling, "BLOCK", request.param)
+    monkeypatch.setattr(sampling, "LIST", min(request.param, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])  # bfloat16: see test_bfloat16
@@ -184,3 +188,33 @@ def test_group_advantages_of_strided_inputs():
     expected = advantages.group_advantages(rewards, groups, "grpo")
     strided = rewards.repeat_interleave(2)[::2], groups.repeat_interleave(3)[::3]
     assert torch.equal(advantages.group_advantages(*strided, "grpo"), expected)
+
+
+# Every option on one case, every case with what takes another way through the kernel.
+WAYS = [("odd", name) for name in OPTIONS]
+WAYS += [
+    (case, name) for case in ("one token", "ties", "zeros", "holes", "peaked", "large") for name in ("all", "top_p")
+]
+
+
+@pytest.mark.parametrize(("case", "name"), WAYS)
+def test_sample(case, name):
+    dtype = torch.bfloat16 if name == "top_p" else torch.float32
+    assert check(logits_of(case, dtype)[:2], OPTIONS[name], "triton") <= 1
+
+
+def test_sample_reads_no_padding():
+    logits = torch.full((3, 48), torch.nan)[:, :37]
+    logits.copy_(logits_of("odd")[:3])
+    for name in ("all", "policy", "top_p"):
+        assert check(logits, OPTIONS[name], "triton") == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 3}, {"top_p": 0.9}, {"temperature": 0.0}])
+def test_sample_of_rows_without_a_draw(options):
+    check_invalid(19, options, "triton")
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), VECTORS)
+def test_sample_draws_by_philox(counter, key, result):
+    assert drawn_bits(counter, key, 2**9, "triton") == result[0] >> 23

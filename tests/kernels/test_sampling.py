@@ -149,7 +149,7 @@ def backend(request, monkeypatch) -> str:
 def test_every_form_draws_what_is_enumerated(case, dtype, backend):
     logits = logits_of(case, dtype)
     near = [check(logits, options, backend) for options in OPTIONS.values()]
-    assert sum(near) <= 0.03 * len(near) * len(logits)
+    assert sum(near) <= 1 + 0.01 * len(near) * len(logits)
 
 
 def test_a_wrong_form_fails(monkeypatch):

@@ -163,15 +163,29 @@ class Row {
     }
     for (int64_t i = 0; i < count; ++i) y_[i] = widen(logits_[first + i]);
     if (any == 0) return {y_, first, count, top, false};
-    for (int64_t i = 0; i < count; ++i) {
-      if (seen != nullptr && seen[i / 32] >> (i % 32) & 1) {
-        y_[i] = y_[i] > 0.0f ? y_[i] / settings_.penalty : y_[i] * settings_.penalty;
+    for (int64_t w = 0; w < words; ++w) {
+      for (uint32_t bits = seen ? seen[w] : 0; bits != 0; bits &= bits - 1) {
+        const int64_t i = w * 32 + __builtin_ctz(bits);
+        if (i < count) y_[i] = y_[i] > 0.0f ? y_[i] / settings_.penalty : y_[i] * settings_.penalty;
       }
-      if (banned != nullptr && banned[i / 32] >> (i % 32) & 1) y_[i] = -INF;
+      for (uint32_t bits = banned ? banned[w] : 0; bits != 0; bits &= bits - 1) {
+        const int64_t i = w * 32 + __builtin_ctz(bits);
+        if (i < count) y_[i] = -INF;
+      }
     }
-    top = -INF;
-    for (int64_t i = 0; i < count; ++i) top = y_[i] > top ? y_[i] : top;
-    return {y_, first, count, top, true};
+    return {y_, first, count, largest(y_, count), true};
+  }
+
+  // Eight at a time, which a compiler makes one instruction.
+  static float largest(const float* values, int64_t count) {
+    float lanes[8];
+    std::fill(lanes, lanes + 8, -INF);
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+      for (int64_t j = 0; j < 8; ++j) lanes[j] = values[i + j] > lanes[j] ? values[i + j] : lanes[j];
+    }
+    for (; i < count; ++i) lanes[0] = values[i] > lanes[0] ? values[i] : lanes[0];
+    return *std::max_element(lanes, lanes + 8);
   }
 
   Drawn draw_of_top_k(double u) {
