@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import BACKWARD, BOTH, FORWARD, NO_GRAD, Case
-from ril_kernels.token_logprob import tiles
+from ril_kernels.token_logprob import memory
 
 FLOOR = "floor"
 # Error that every dtype is allowed on top of 3 times the baseline's, per unit of the largest true value (or of 1).
@@ -242,7 +242,7 @@ def _peak_mib(function, device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         function()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    tiles.release()  # what the ops keep between calls counts as well
+    memory.release()  # what the ops keep between calls counts as well
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     held = peak = 0

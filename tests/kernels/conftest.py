@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ril_kernels import _native
-from ril_kernels.token_logprob import tiles
+from ril_kernels.token_logprob import memory
 
 # One floor per dtype, times the largest magnitude of the truth (or 1).
 FLOOR = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -34,7 +34,7 @@ def assert_accurate() -> Callable[..., None]:
 def poisoned_memory() -> Iterator[None]:
     """torch.empty gives NaN, here only a side effect of this switch: what a kernel leaves unwritten is seen."""
     torch.use_deterministic_algorithms(True)
-    tiles.release()
+    memory.release()
     assert torch.empty(3).isnan().all() and torch.zeros(2, 3).new_empty(5).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

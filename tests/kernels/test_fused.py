@@ -11,7 +11,7 @@ from ril_kernels import _native, policy_loss, token_logprob
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
 from ril_kernels.policy_loss.reference import LOSS_TYPES
 from ril_kernels.policy_loss.reference import make_inputs as loss_inputs
-from ril_kernels.token_logprob import tiles
+from ril_kernels.token_logprob import memory, tiles
 from ril_kernels.token_logprob.head import Head, spans
 from ril_kernels.token_logprob.reference import CASES, make_inputs
 
@@ -397,14 +397,14 @@ def test_inside_a_checkpoint(early_stop, monkeypatch):
 def test_under_another_default_device():
     inputs = make_inputs("odd")
     expected = token_logprob(**inputs)
-    tiles.release()
+    memory.release()
     with torch.device("meta"):
         torch.testing.assert_close(token_logprob(**inputs), expected)
     torch.testing.assert_close(token_logprob(**inputs), expected)
 
 
 def test_memory_of_a_gradient_is_used_again_only_when_nothing_holds_it(monkeypatch):
-    monkeypatch.setattr(tiles, "HUGE_FROM", 0)
+    monkeypatch.setattr(memory, "HUGE_FROM", 0)
     inputs = make_inputs("odd")
 
     def gradient() -> torch.Tensor:
@@ -415,15 +415,15 @@ def test_memory_of_a_gradient_is_used_again_only_when_nothing_holds_it(monkeypat
     held = gradient()
     expected, address = held.clone(), held.data_ptr()
     for hold in (lambda x: x, lambda x: x.detach(), lambda x: x[1:].T, lambda x: x.numpy(), lambda x: x.data):
-        tiles.release()
+        memory.release()
         held = gradient()
         address, part = held.data_ptr(), hold(held)
         del held
         other = gradient()
         assert other.data_ptr() != address and torch.equal(other, expected)
         del part, other
-        assert tiles._num_holders(tiles._kept.gradient) == 1
-        address = tiles._kept.gradient.data_ptr()
+        assert memory.num_holders(memory._kept.gradient) == 1
+        address = memory._kept.gradient.data_ptr()
         again = gradient()
         assert again.data_ptr() == address and torch.equal(again, expected)
         del again

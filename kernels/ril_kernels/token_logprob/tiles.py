@@ -12,7 +12,6 @@ nobody holds it any more.
   exp(logit - top) instead, and the second multiplies it by one number per row and block: no exp is taken twice.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,12 +20,12 @@ from torch import Tensor
 
 from ril_kernels import _native
 from ril_kernels.token_logprob.head import Head, HeadGradients, spans
+from ril_kernels.token_logprob.memory import gradient_memory, scratch
 
 TILE_BYTES = 16 * 2**20  # of a tile: enough for an efficient GEMM, and in the last cache when the next one reads it
 WORK_BYTES = 208 * 2**20  # of all logits that are held at a time, besides those in d(lm_head)
 CACHE_BYTES = 8 * 2**20  # of a chunk's logits, where lm_head is so small that streaming it again costs less
 MAX_ROWS = 2048  # of a tile that nothing holds
-HUGE_FROM = 8 * 2**20  # bytes from which a buffer asks for huge pages
 COLUMNS = 64  # a tile's width is a multiple: MKL took 1.5 times as long for 15,194 columns as for 15,232
 BLOCK = 1024  # of row.h: columns that share one top
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -171,7 +170,7 @@ class TiledPass:
         gradients, known = self._gradients(needs), _Rows.of(self.head)
         chunks = self._chunks(lends=gradients.lm_head is not None and self.single)
         size = max(self._work_elements(chunk) for chunk in chunks)
-        work = _work(self.head.hidden, size)
+        work = scratch(self.head.hidden, size)
         keeps = self.single and self.head.softcap == 0.0 and not entropy_has_gradient
         for chunk in chunks:
             held = []
@@ -194,7 +193,7 @@ class TiledPass:
         return known.logprob, known.entropy, gradients.results()
 
     def _gradients(self, needs: tuple[bool, bool, bool]) -> HeadGradients:
-        return HeadGradients(self.head, needs, _gradient_memory(self.head.lm_head) if needs[1] else None)
+        return HeadGradients(self.head, needs, gradient_memory(self.head.lm_head) if needs[1] else None)
 
     def _row_bytes(self) -> int:
         # bfloat16 needs a float32 copy of d(logits) for d(lm_head), see HeadGradients.
@@ -214,7 +213,7 @@ class TiledPass:
             count = rows.stop - rows.start
             for columns in self._columns(count, whole_rows):
                 width = columns.stop - columns.start
-                yield rows, columns, _matrix(_work(self.head.hidden, count * width), count, width)
+                yield rows, columns, _matrix(scratch(self.head.hidden, count * width), count, width)
 
     def _chunks(self, lends: bool) -> list[_Chunk]:
         most, first = max(1, WORK_BYTES // self._row_bytes()), []
@@ -265,49 +264,3 @@ class TiledPass:
 
 def _matrix(memory: Tensor, rows: int, columns: int) -> Tensor:
     return memory[: rows * columns].view(rows, columns)
-
-
-_kept = threading.local()
-
-
-def release() -> None:
-    """Give back the memory that this thread has kept: at most WORK_BYTES, or one tile, and one d(lm_head)."""
-    vars(_kept).clear()
-
-
-def _work(like: Tensor, elements: int) -> Tensor:
-    """Uninitialised memory for this call, of the dtype of `like`. On the small benchmark case new pages cost twice as
-    much as the GEMMs."""
-    if torch.compiler.is_compiling():
-        return like.new_empty(elements)
-    needed, memory = elements * like.element_size(), getattr(_kept, "memory", None)
-    if memory is None or memory.nbytes < needed:
-        memory = _kept.memory = _huge(torch.empty(needed, dtype=torch.uint8, device=like.device))
-    return memory[:needed].view(like.dtype)
-
-
-def _gradient_memory(lm_head: Tensor) -> Tensor:
-    """Uninitialised float32 memory of the shape of lm_head: the last call's, if nothing else holds a part of it.
-
-    A virtual machine that gives free pages back to its host took a fifth of the GEMMs' time to get them again.
-    """
-    num_bytes = lm_head.numel() * 4
-    if torch.compiler.is_compiling() or num_bytes < HUGE_FROM:
-        return torch.empty_like(lm_head, dtype=torch.float32)
-    storage = getattr(_kept, "gradient", None)
-    if storage is None or storage.nbytes() != num_bytes or _num_holders(storage) != 1:
-        new = torch.empty(num_bytes, dtype=torch.uint8, device=lm_head.device)
-        storage = _kept.gradient = _huge(new).untyped_storage()
-    return torch.empty(0, dtype=torch.float32, device=lm_head.device).set_(storage, 0, lm_head.shape)
-
-
-def _num_holders(storage: torch.UntypedStorage) -> int:
-    """Of `storage`, this variable included: tensors, views of them, arrays that NumPy made of them."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return count(storage._cdata) if count is not None else 2
-
-
-def _huge(memory: Tensor) -> Tensor:
-    if memory.nbytes >= HUGE_FROM:
-        _native.call("ril_huge_pages", memory.data_ptr(), memory.nbytes)
-    return memory
