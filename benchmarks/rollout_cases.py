@@ -28,7 +28,7 @@ def _encoder(model: nn.Module, prompts: list[dict[str, Tensor]]) -> SimpleNamesp
     """What a rollout asks of an Encoder; its questions are their numbers."""
     return SimpleNamespace(
         prompt=prompts.__getitem__,
-        decode=lambda ids: "",
+        decode=lambda ids, strip: "",
         rope_index=model.base_model.get_rope_index,
         eos_ids=[],
         banned_ids=BANNED,

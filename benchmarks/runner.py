@@ -200,20 +200,21 @@ def measure(case: Case, device: str, rounds: int) -> dict[tuple[str, str], dict]
         if (FLOOR, each) in seconds:
             row["floor_share"] = _quotients(seconds[FLOOR, each], values)["p50"]
             row["peak_share"] = _peak_share(case, each, row["latency_ms"]["p50"] / 1e3, device)
+        row |= case.notes.get(name, {})  # of a timed call: the next is slowed by the profiler
         if name != FLOOR and each in (NO_GRAD, BOTH):
             row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
         if name in case.tokens:
             row["tokens"] = case.tokens[name]
-        row |= case.notes.get(name, {})
         if case.grows:
             row["exponent"] = _exponent(case.tokens, {n: seconds[n, each] for n in case.candidates})
     return out
 
 
 def _trim() -> None:
-    """Give the C library's free memory back, so that a case finds none of what earlier ones left: eager PyTorch was
-    measured 2.1 times as fast where its tensors fitted in there as where each needed new pages."""
+    """Give free memory back, the C library's and our own, so that a case finds none of what earlier ones left: eager
+    PyTorch was measured 2.1 times as fast where its tensors fitted in there as where each needed new pages."""
     gc.collect()
+    memory.release()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
         trim(0)

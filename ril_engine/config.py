@@ -133,12 +133,14 @@ class TrainingConfig(Section):
 
 
 class SamplingConfig(Section):
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Field(ge=1e-4)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     top_k: int = Field(50, ge=0, description="0 keeps every token")
-    repetition_penalty: Positive = 1.05
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.05
     max_new_tokens: Count = Field(512, description="L, the token limit of a response")
-    stop: list[str] = Field(default_factory=list, description="strings that end a response, which they are cut from")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="strings that end a response, which they are cut from"
+    )
     batch_size: Count = Field(128, description="responses decoded together on a rank, at most")
     cache_tokens: Count = Field(
         131_072, description="keys and values kept on a rank: a prompt's once, a response's at their limit, for each"
@@ -239,6 +241,8 @@ class Config(Section):
                 f"teachers is empty, but rl.algorithm is {self.rl.algorithm}: name a teacher or set rl.algorithm: "
                 "dr_grpo"
             )
+        if self.rl.importance_cap is not None and self.rl.algorithm == "sft":
+            raise ValueError("rl.importance_cap has no effect with rl.algorithm sft, which samples nothing: remove it")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")

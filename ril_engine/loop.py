@@ -16,6 +16,7 @@ import torch.distributed as dist
 from ril_engine import stages
 from ril_engine.config import Config
 from ril_engine.engine import Engine
+from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs, language_model, use_liger
 from ril_engine.models import Encoder, load
 from ril_engine.packing import micro_batches
@@ -45,7 +46,6 @@ class Loop:
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
         self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
-        self.sampler = rollout(model, self.encoder, config.sampling)
         self.student = Engine(
             self.policy,
             config=config.deepspeed,
@@ -54,6 +54,7 @@ class Loop:
             **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
         )
         self.engines = {"student": self.student}
+        self.sampler = rollout(model, self.encoder, config.sampling)  # on the device that the engine has moved it to
         self.discriminator = None
         if d_path is not None:
             from safetensors.torch import load_file
@@ -85,7 +86,10 @@ class Loop:
             chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
             return [each for some in chosen for each in some]
         self.policy.eval()
-        drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
+        try:
+            drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
+        except UserError as error:
+            raise UserError(f"step {step + 1}: {error}") from error
         responses = []
         for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
             for each in own:

@@ -145,8 +145,9 @@ class Encoder:
         ids = [i for i in self.tokenizer(text, add_special_tokens=False)["input_ids"] if i not in banned]
         return ids + self.eos_ids[:1] if eos else ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    def decode(self, ids: list[int], *, strip: bool = True) -> str:
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip() if strip else text
 
     def prompts(self, questions: list[dict]) -> dict[str, Tensor]:
         """Left-padded prompts, for generation."""

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import ril_kernels
 from ril_engine import __version__, digits, tiny_models
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
@@ -40,6 +41,8 @@ def _code() -> str:
     """A hash of the code that stage output depends on: another version of it builds its own."""
     files = [Path(__file__).with_name(f"{name}.py") for name in CODE]
     files += sorted(Path(__file__).with_name("rollout").glob("*.py"))
+    for room in ("prefix_attention", "sampling"):  # what the tokens of a response hang on
+        files += sorted((Path(ril_kernels.__file__).parent / room).glob("*.py"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

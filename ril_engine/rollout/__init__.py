@@ -2,7 +2,7 @@
 padded.py is for families that cannot read packs."""
 
 from ril_engine.config import SamplingConfig
-from ril_engine.families import language_model, why_not_packable
+from ril_engine.families import why_not_packable
 from ril_engine.models import Encoder
 from ril_engine.rollout.engine import Rollout
 from ril_engine.rollout.padded import PaddedRollout
@@ -13,5 +13,6 @@ __all__ = ["PaddedRollout", "Response", "Rollout", "rollout", "seed_of"]
 
 def rollout(model, encoder: Encoder, sampling: SamplingConfig) -> Rollout | PaddedRollout:
     """The generation that the model's family allows."""
-    packs = why_not_packable(language_model(model).config) is None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    packs = hasattr(decoder, "norm") and why_not_packable(decoder.config) is None
     return (Rollout if packs else PaddedRollout)(model, encoder, sampling)

@@ -78,7 +78,7 @@ class Decode:
         grouped[self.slot, :, self.sample] = query
         shared = (grouped.flatten(2, 3) @ prompt_key.mT).unflatten(2, grouped.shape[2:4])
         scores = torch.cat([shared, grouped @ own_key.mT], dim=-1) + self.mask
-        weight = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        weight = scores.softmax(-1).to(query.dtype)
         out = (weight[..., : self.num_prompt].flatten(2, 3) @ prompt_value).view_as(grouped)
         out = out + weight[..., self.num_prompt :] @ own_value
         return out[self.slot, :, self.sample].flatten(1, 2)[None]  # (1, B, Hq, D)

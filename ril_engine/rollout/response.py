@@ -41,7 +41,7 @@ class Response:
         ended, full = token in encoder.eos_ids, len(self.ids) == sampling.max_new_tokens
         if not (ended or full or sampling.stop):
             return False
-        self.text, stopped = stopped_text(encoder.decode(self.ids), sampling.stop)
+        self.text, stopped = stopped_text(encoder.decode(self.ids, strip=False), sampling.stop)
         self.truncated = full and not (ended or stopped)
         return ended or full or stopped
 
@@ -49,7 +49,7 @@ class Response:
 def stopped_text(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string, and whether there was one."""
     found = [at for at in map(text.find, stops) if at >= 0]
-    return (text[: min(found)].rstrip(), True) if found else (text, False)
+    return text[: min(found, default=None)].strip(), bool(found)
 
 
 def draw_settings(sampling: SamplingConfig, greedy: bool) -> dict[str, float]:

@@ -34,6 +34,13 @@ def test_defaults_are_the_papers(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("sampling: {stop: ['']}", r"sampling\.stop\.0: String should have at least 1 character, got ''"),
+        ("sampling: {temperature: 1.0e-5}", r"sampling\.temperature: .*greater than or equal to 0\.0001"),
+        ("sampling: {repetition_penalty: 0.001}", r"sampling\.repetition_penalty: .*greater than or equal to 0\.01"),
+        (
+            "rl: {algorithm: sft, importance_cap: 2}\nteachers: [{name: a, path: tiny:qwen_teacher}]",
+            r"rl\.importance_cap has no effect with rl\.algorithm sft",
+        ),
         (GOOD + "rl: {steps: 5, betta: 1}", r"unknown key rl.betta: did you mean 'beta'\?"),
         (GOOD + "sed: 1", r"unknown key sed: did you mean 'seed'\?"),
         (GOOD + "data: {digits: {sede: 1}}", r"unknown key data.digits.sede: did you mean 'seed'\?"),

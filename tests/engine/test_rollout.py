@@ -114,6 +114,40 @@ def test_a_response_does_not_depend_on_what_shares_its_batch(family, task):
     assert [some[:2] for some in want] == drawn(Rollout(model, encoder, DRAWN), questions, samples=2)
 
 
+def test_padding_and_a_checkpoints_own_settings_change_nothing(family, task, monkeypatch):
+    """Padding that is also an end, as in Qwen's checkpoints, and a checkpoint that asks for its own penalty."""
+    model, encoder = copy.deepcopy(family[0]), copy.copy(family[1])
+    encoder.eos_ids = [*encoder.eos_ids, encoder.pad_id]
+    encoder.banned_ids = [i for i in encoder.banned_ids if i != encoder.pad_id]
+    settings = DRAWN.model_copy(update={"repetition_penalty": 3.0})
+    want = drawn(Rollout(model, encoder, settings), task[1][:12])
+    model.generation_config.repetition_penalty = 5.0
+    assert drawn(PaddedRollout(model, encoder, settings), task[1][:12]) == want
+    assert model.generation_config.repetition_penalty == 5.0
+
+
+def test_new_buffers_take_no_old_graph(family, task):
+    rollout, cleared = Rollout(*family, DRAWN), []
+    rollout.graphs.clear = lambda: cleared.append(rollout.cache)
+    drawn(rollout, task[1][:4], samples=2)
+    assert cleared.pop(0) is None
+    cleared.clear()
+    rollout.graphs.keep = lambda tensors: None  # as where new buffers get the addresses of the old ones
+    drawn(rollout, task[1][:4], samples=2)
+    assert not cleared
+    drawn(rollout, task[1][:2], samples=4)
+    assert cleared == [None]
+
+
+def test_a_question_that_does_not_fit_is_refused(family, task):
+    for change in ({"batch_size": 2}, {"cache_tokens": 40}):
+        rollout = Rollout(*family, DRAWN.model_copy(update=change))
+        with pytest.raises(
+            UserError, match=r"batch_size .* and cache_tokens .* do not hold one question's 3 responses"
+        ):
+            drawn(rollout, task[1][:2])
+
+
 def test_logprobs_are_the_trainers(family, task):
     model, encoder = family
     rows = [row for _, row in task[1][:5]]
@@ -168,7 +202,8 @@ def test_stop_strings_end_a_response(family, task):
 
 def test_stopped_text():
     assert stopped_text("yes. no", ["no", "."]) == ("yes", True)
-    assert stopped_text("yes", ["no"]) == ("yes", False)
+    assert stopped_text(" yes", ["no"]) == ("yes", False)
+    assert stopped_text("one\n\ntwo", ["\n\n"]) == ("one", True)
 
 
 def test_the_limit_and_eos(family):

@@ -13,7 +13,7 @@ _kept = threading.local()
 
 
 def release() -> None:
-    """Give back the memory that this thread has kept: WORK_BYTES of tiles.py or one tile at most, and one d(lm_head)."""
+    """Give back what this thread has kept: at most WORK_BYTES of tiles.py or one tile, and one d(lm_head)."""
     vars(_kept).clear()
 
 
@@ -44,7 +44,8 @@ def gradient_memory(lm_head: Tensor) -> Tensor:
 
 
 def num_holders(storage: torch.UntypedStorage) -> int:
-    """Of `storage`, this variable included: tensors, views of them, arrays that NumPy made of them."""
+    """Of `storage`, this variable included: tensors, views of them, arrays that NumPy made of them. One who
+    holds nothing but `tensor.untyped_storage()` is not counted."""
     count = getattr(torch._C, "_storage_Use_Count", None)
     return count(storage._cdata) if count is not None else 2
 
