@@ -15,7 +15,12 @@ from torch.utils._pytree import tree_leaves
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
+# Files that take longest, the longest first: a worker that gets one of them last would be waited for.
+LONGEST = ("test_triton", "test_main_job", "test_loop", "test_zero3", "test_benchmarks", "test_packed_forward")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -28,8 +33,9 @@ def alone():
     """A job of one rank in this process: DeepSpeed cannot start twice, so all tests share it."""
     from ril_engine.engine import init_distributed
 
-    environment = dict(os.environ)
+    environment, threads = dict(os.environ), torch.get_num_threads()
     init_distributed()
+    torch.set_num_threads(threads)
     os.environ.clear()  # what it sets is not for the processes that other tests start
     os.environ.update(environment, LOCAL_RANK="0")  # but deepspeed.initialize asks for this one
 

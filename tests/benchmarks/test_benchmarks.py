@@ -64,8 +64,11 @@ def test_a_wrong_candidate_is_found_and_not_timed(tmp_path, monkeypatch, capsys)
 def test_every_candidate_that_needs_no_compiler_is_right():
     """The scaled default, and the sizes that both ops have in common with every model; test_packing_cases.py and
     test_rollout_cases.py have whole models', which take minutes in float64."""
-    for op, _, build in all_cases("cpu"):
+    checked = ("InternVL3-1B", "Llama-3-8B", "small", "idle")  # every candidate, and odd and even vocabularies
+    for op, about, build in all_cases("cpu"):
         if op in ("policy_pack", "rollout"):
+            continue
+        if op in ("token_logprob", "policy_loss") and not any(name in about for name in checked):
             continue
         case = build()
         case.candidates.pop("torch.compile(reference)", None)
