@@ -28,10 +28,11 @@ def _sft(config, _) -> dict:
 
 def _responses(config, _) -> dict:
     from ril_engine import stages
+    from ril_engine.saved_responses import all_responses
 
     data_dir, data_key = stages.data(config)
     student_path, student_key = stages.sft(config, data_dir, data_key)
-    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
+    files = all_responses(config, student_path, student_key, data_dir, data_key)
     accuracy = {}
     for source, path in files.items():
         rewards = [row["answer_reward"] for row in stages.read_jsonl(path, ("id",))]
@@ -43,10 +44,11 @@ def _discriminator(config, _) -> dict:
     import json
 
     from ril_engine import stages
+    from ril_engine.saved_responses import all_responses
 
     data_dir, data_key = stages.data(config)
     student_path, student_key = stages.sft(config, data_dir, data_key)
-    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
+    files = all_responses(config, student_path, student_key, data_dir, data_key)
     folder = stages.discriminator(config, student_path, files, student_key)
     return {"discriminator": str(folder), **json.loads((folder / "metrics.json").read_text())}
 

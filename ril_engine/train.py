@@ -26,6 +26,7 @@ from ril_engine.loop import Loop, average, scheduled
 from ril_engine.models import require_packable_student
 from ril_engine.report import write_report
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
+from ril_engine.saved_responses import all_responses
 
 
 def prepare(config: Config):
@@ -34,7 +35,7 @@ def prepare(config: Config):
     student_path, student_key = stages.sft(config, data_dir, data_key)
     if config.rl.algorithm in ("dr_grpo", "grpo"):
         return data_dir, student_path, {}, None
-    files = stages.all_responses(config, student_path, student_key, data_dir, data_key)
+    files = all_responses(config, student_path, student_key, data_dir, data_key)
     ril = config.rl.algorithm == "ril"
     d_path = stages.discriminator(config, student_path, files, student_key) if ril else None
     saved: dict[str, dict] = {}

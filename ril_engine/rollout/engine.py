@@ -96,8 +96,11 @@ class Rollout:
     ) -> list[list[Response]]:
         """`samples` responses to each (number, question), drawn by the sampling settings or greedily.
 
+        Args:
+            advance: told how many responses have ended, after every token.
+
         Raises:
-            UserError: the model's logits are not finite.
+            UserError: the model's logits are not finite, or one question does not fit into the cache.
         """
         prompts = [self.encoder.prompt(question) for _, question in questions]
         schedule = self._prepare(prompts, samples, seed)

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from ril_engine import saved_responses, stages
 from ril_engine import server as backend
-from ril_engine import stages
 from ril_engine.config import Config, SamplingConfig, ServerConfig
 from ril_engine.errors import UserError
 
@@ -468,14 +468,14 @@ def test_the_stage_from_end_to_end(loopback, served):
     config, data_dir, data_key = served(server, attempts=1)
     teacher = config.teachers[0]
     with pytest.raises(UserError, match=r"of 20 responses are missing, .*: 503; start again"):
-        stages.served_responses(config, teacher, data_dir, data_key)
+        saved_responses.served_responses(config, teacher, data_dir, data_key)
     (saved,) = (config.work_dir / "stages").glob("responses_a-*.answers.jsonl")
     paid = len(saved.read_text().splitlines())
     assert 10 <= paid < 20 and len(server.bodies) == 20
 
     down.clear()
     moved, *_ = served(loopback(behave), concurrency=2, timeout_s=9)  # another address: the same answers
-    path = stages.served_responses(moved, moved.teachers[0], data_dir, data_key)
+    path = saved_responses.served_responses(moved, moved.teachers[0], data_dir, data_key)
     assert not saved.exists() and path.parent.name == saved.name.removesuffix(".answers.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     questions = stages.read_jsonl(data_dir / "train.jsonl", ("id",))[:5]
@@ -502,20 +502,20 @@ def test_the_stage_from_end_to_end(loopback, served):
     assert base64.b64decode(data) == (data_dir / question["image"]).read_bytes()
 
     asked = len(server.bodies)
-    assert stages.served_responses(config, teacher, data_dir, data_key) == path and len(server.bodies) == asked
+    assert saved_responses.served_responses(config, teacher, data_dir, data_key) == path and len(server.bodies) == asked
 
 
 def test_another_sampling_or_model_asks_anew(loopback, served):
     server = loopback()
     config, data_dir, data_key = served(server)
-    paths = {stages.served_responses(config, config.teachers[0], data_dir, data_key)}
+    paths = {saved_responses.served_responses(config, config.teachers[0], data_dir, data_key)}
     for settings, same in (
         ({"sampling": {"batch_size": 1}}, True),
         ({"sampling": {"top_p": 0.5}}, False),
         ({"seed": 1}, False),
     ):
         other = Config.model_validate({**config.model_dump(), **settings})
-        path = stages.served_responses(other, other.teachers[0], data_dir, data_key)
+        path = saved_responses.served_responses(other, other.teachers[0], data_dir, data_key)
         assert (path in paths) is same
         paths.add(path)
     assert len(server.bodies) == 60
@@ -526,7 +526,7 @@ def test_a_picture_outside_the_data_folder_is_not_sent(loopback, served, tmp_pat
     config, *_ = served(server)
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": "q", "question": "?", "answer": "1", "image": "../a.png"}))
     with pytest.raises(UserError, match=r"image '../a.png': outside the dataset folder"):
-        stages.served_responses(config, config.teachers[0], tmp_path, "key")
+        saved_responses.served_responses(config, config.teachers[0], tmp_path, "key")
     assert not server.bodies
 
 
@@ -535,7 +535,7 @@ import sys
 from datetime import timedelta
 import torch.distributed as dist
 from pathlib import Path
-from ril_engine import stages
+from ril_engine import saved_responses
 from ril_engine.config import load_config
 from ril_engine.errors import UserError
 config = load_config(sys.argv[1])
@@ -544,7 +544,7 @@ store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0, timedelta(sec
 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
 for _ in range(2):
     try:
-        print("made", stages.served_responses(config, config.teachers[0], Path(config.data.dir), "key"))
+        print("made", saved_responses.served_responses(config, config.teachers[0], Path(config.data.dir), "key"))
     except UserError as error:
         print(error)
 """
