@@ -15,6 +15,7 @@ from benchmarks import kernels, runner
 from benchmarks.cases import all_cases, group_advantages_case, token_logprob_case
 from benchmarks.report import write_results
 from ril_engine.errors import UserError
+from ril_kernels.token_logprob import memory
 
 ROOT = Path(__file__).parents[2]
 NUMBERS = {
@@ -93,6 +94,20 @@ def test_rows_hold_numbers_and_origin(tmp_path, monkeypatch, capsys):
     assert rows["floor", "both"]["floor_share"] == 1.0
     # 8 x 16 logits and their gradient alone are 1 KiB.
     assert 2 * 8 * 16 * 4 / 2**20 < rows["reference", "both"]["peak_mib"] < 0.1
+
+
+def test_a_case_finds_no_memory_of_an_earlier_one(monkeypatch):
+    found, trim = [], runner._trim
+
+    def note() -> None:
+        memory._kept.memory = torch.empty(3)
+        trim()
+        found.append(dict(vars(memory._kept)))
+
+    monkeypatch.setattr(runner, "_trim", note)
+    monkeypatch.setattr(runner, "_peak_mib", lambda function, device: found.append("timed"))
+    runner.measure(small(), "cpu", rounds=1)
+    assert found[0] == {} and found[1] == "timed"
 
 
 def test_both_is_the_sum_of_forward_and_backward():

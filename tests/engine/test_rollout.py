@@ -14,6 +14,7 @@ from ril_engine.packing import NO_MASK
 from ril_engine.policy import Policy
 from ril_engine.rollout import PaddedRollout, Response, Rollout, engine, seed_of
 from ril_engine.rollout.cache import Cache, Prefill
+from ril_engine.rollout.graphs import Graphs
 from ril_engine.rollout.response import stopped_text
 from ril_engine.rollout.schedule import Schedule
 from ril_kernels import PackLayout
@@ -114,16 +115,16 @@ def test_a_response_does_not_depend_on_what_shares_its_batch(family, task):
     assert [some[:2] for some in want] == drawn(Rollout(model, encoder, DRAWN), questions, samples=2)
 
 
-def test_padding_and_a_checkpoints_own_settings_change_nothing(family, task, monkeypatch):
-    """Padding that is also an end, as in Qwen's checkpoints, and a checkpoint that asks for its own penalty."""
+def test_padding_and_a_checkpoints_own_settings_change_nothing(family, task):
+    """Padding that is also an end, as in Qwen's checkpoints, and a checkpoint that asks for repetitions."""
     model, encoder = copy.deepcopy(family[0]), copy.copy(family[1])
     encoder.eos_ids = [*encoder.eos_ids, encoder.pad_id]
     encoder.banned_ids = [i for i in encoder.banned_ids if i != encoder.pad_id]
     settings = DRAWN.model_copy(update={"repetition_penalty": 3.0})
     want = drawn(Rollout(model, encoder, settings), task[1][:12])
-    model.generation_config.repetition_penalty = 5.0
+    model.generation_config.repetition_penalty = 0.05
     assert drawn(PaddedRollout(model, encoder, settings), task[1][:12]) == want
-    assert model.generation_config.repetition_penalty == 5.0
+    assert model.generation_config.repetition_penalty == 0.05
 
 
 def test_new_buffers_take_no_old_graph(family, task):
@@ -215,6 +216,18 @@ def test_the_limit_and_eos(family):
     assert two.append([encoder.eos_ids[0], -1.0, -0.5], encoder, settings) and not two.truncated and two.text == ""
 
 
+def test_what_ends_at_the_limit_is_not_cut(family):
+    encoder = family[1]
+    settings = SamplingConfig(max_new_tokens=2)
+    ended = Response()
+    assert not ended.append([7, -1.0, -0.5], encoder, settings)
+    assert ended.append([encoder.eos_ids[0], -1.0, -0.5], encoder, settings) and not ended.truncated
+    tokens = encoder.response("78", eos=False)[:2]
+    stopped, settings = Response(), settings.model_copy(update={"stop": [encoder.decode(tokens)[-1:]]})
+    ends = [stopped.append([token, -1.0, -0.5], encoder, settings) for token in tokens]
+    assert ends[-1] and not stopped.truncated
+
+
 def test_seeds_of_purposes_differ():
     seeds = {seed_of(*parts) for parts in ((0, 1), (1, 0), (0, 1, 0), (0, 2), (0, 3, 0), (0, 3, 1))}
     assert len(seeds) == 6 and all(0 <= seed < 2**63 for seed in seeds) and seed_of(0, 1) == seed_of(0, 1)
@@ -236,6 +249,16 @@ def test_waiting_questions_enter_when_all_samples_have_left():
     for row in (0, 1):
         schedule.leave(row)
     assert schedule.done
+
+
+def test_graphs_are_dropped_when_what_they_address_has_moved():
+    graphs, weight = Graphs(), torch.zeros(4)
+    graphs.keep([weight])
+    graphs._graphs["key"], graphs._pool = "a graph", "its pool"
+    graphs.keep([weight])
+    assert len(graphs) == 1
+    graphs.keep([weight.clone()])
+    assert len(graphs) == 0 and graphs._pool is None
 
 
 @pytest.fixture
