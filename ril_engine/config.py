@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import typing
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -92,21 +93,77 @@ class ServerConfig(Section):
         return name
 
 
+def _require_one_source(what: str, path: str, trust_remote_code: bool, others: dict[str, object]) -> None:
+    """A checkpoint of its own, or one of the `others`."""
+    named = [name for name, value in others.items() if value is not None]
+    if not path and not named:
+        raise ValueError(f"{what} has neither {' nor '.join(['path', *others])}: give one of them")
+    got = (["path"] if path else []) + (["trust_remote_code"] if trust_remote_code and named else []) + named
+    if len(got) > 1:
+        raise ValueError(f"{what} has {' and '.join(got)}: remove all but one of them")
+
+
 class TeacherConfig(ModelConfig):
-    """A checkpoint at `path`, or a model behind a `server`."""
+    """A checkpoint at `path`, a model behind a `server`, or a file of `responses` made elsewhere."""
 
     name: str = Field(description="as it appears in responses and metrics", pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str = Field("", description="as the student's; none with a server")
+    path: str = Field("", description="as the student's; none with a server or a file")
     server: ServerConfig | None = Field(None, description="generates the responses; nothing is loaded here then")
+    responses: Path | None = Field(
+        None,
+        description="JSONL of responses made elsewhere, one a line: id (of the question), text and optionally "
+        "truncated; nothing is generated then",
+    )
+    weight: Positive = Field(1.0, description="of its share of a question's teacher responses, relative to the others'")
 
     @model_validator(mode="after")
     def _one_source(self):
-        if self.server is None and not self.path:
-            raise ValueError(f"teacher {self.name} has neither path nor server: give one of them")
-        if self.server is not None and (self.path or self.trust_remote_code):
-            got = f"path {self.path!r}" if self.path else "trust_remote_code"
-            raise ValueError(f"teacher {self.name} has {got} and a server, which loads its own: remove one of them")
+        others = {"server": self.server, "responses": self.responses}
+        _require_one_source(f"teacher {self.name}", self.path, self.trust_remote_code, others)
         return self
+
+
+class VerifierConfig(Section):
+    """1 where the response's final answer equals the reference: numbers, units, fractions, choices, words."""
+
+    kind: Literal["verifier"] = "verifier"
+    weight: Positive = 1.0
+
+
+class JudgeConfig(ModelConfig):
+    """An LLM that reads question, reference and response and accepts the response or not."""
+
+    kind: Literal["judge"] = "judge"
+    weight: Positive = 1.0
+    path: str = Field("", description='a causal LM, as the student\'s; "tiny:judge" is one built for the digits task')
+    server: ServerConfig | None = Field(None, description="asked instead of a checkpoint loaded here")
+    mode: Literal["yes_no", "explain"] = Field(
+        "yes_no", description="yes_no: one word; explain: a short reason, then the score, as in the paper"
+    )
+    max_new_tokens: Count = Field(256, description="of the judge's reply, with explain")
+    micro_batch_tokens: Count = Field(8192, description="tokens per forward of a checkpoint loaded here")
+    on_failure: Literal["stop", "zero"] = Field(
+        "stop", description="of a server that gives no answer: stop with a checkpoint, or count the response as 0"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        _require_one_source("a judge", self.path, self.trust_remote_code, {"server": self.server})
+        return self
+
+
+class FunctionConfig(Section):
+    """A function of the user's: ours (questions, references, responses, **columns) or TRL's (prompts, completions,
+    **columns), sync or async, giving a number for each response, or None where it has none."""
+
+    kind: Literal["function"] = "function"
+    weight: Positive = 1.0
+    function: str = Field(
+        description="module:name, imported from the Python path", pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"
+    )
+
+
+AnswerRewardConfig = Annotated[VerifierConfig | JudgeConfig | FunctionConfig, Field(discriminator="kind")]
 
 
 class TrainingConfig(Section):
@@ -132,6 +189,13 @@ class TrainingConfig(Section):
         return self
 
 
+class PretrainConfig(TrainingConfig):
+    """D's training on the saved responses; the weights of the best held-out accuracy are kept."""
+
+    validate_every: Count = Field(20, description="steps between looks at the held-out accuracy")
+    patience: Count = Field(5, description="so many looks in a row without a better one end the training")
+
+
 class SamplingConfig(Section):
     temperature: Annotated[float, Field(ge=1e-4)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
@@ -153,8 +217,22 @@ class ResponsesConfig(Section):
 
 
 class DiscriminatorConfig(Section):
-    pretrain: TrainingConfig = TrainingConfig(steps=200)
+    use: Literal["updated", "fixed", "none"] = Field(
+        "updated", description="in the RIL loop: trained on, as pre-trained, or no D and no similarity reward"
+    )
+    pretrain: PretrainConfig = PretrainConfig(steps=200)
     validation_share: OpenShare = Field(0.1, description="of the questions held out to measure D's accuracy")
+    objective: Literal["bce", "bradley_terry"] = Field(
+        "bce",
+        description="bradley_terry: a question's student responses against its teachers' (GAD, arXiv 2511.10643); its "
+        "scores are then relative to the mean of the question's",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="labels are 1 - this and this; bce only")
+    temperature: Positive = Field(1.0, description="divides D's logit before the score and the loss")
+    max_accuracy: OpenShare | None = Field(None, description="D is updated only while its accuracy is below this")
+    similarity_levels: int = Field(
+        2, ge=0, description="of the similarity reward: 2 is 1[D < 0.5], k gives k even steps of 1 - D, 0 is 1 - D"
+    )
     learning_rate: Positive = Field(1e-6, description="in the RIL loop")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.0, ge=0)
@@ -232,6 +310,12 @@ class Config(Section):
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    answer_rewards: list[AnswerRewardConfig] = Field(
+        [VerifierConfig()], description="their weighted sum is the answer reward; [] for none"
+    )
+    on_bad_data: Literal["stop", "skip"] = Field(
+        "stop", description="of a question without a reference or a teacher's file with bad rows: stop, or leave it out"
+    )
 
     @model_validator(mode="after")
     def _consistent(self):
@@ -243,6 +327,24 @@ class Config(Section):
             )
         if self.rl.importance_cap is not None and self.rl.algorithm == "sft":
             raise ValueError("rl.importance_cap has no effect with rl.algorithm sft, which samples nothing: remove it")
+        imitates = self.rl.algorithm == "sft" or (self.rl.algorithm == "ril" and self.discriminator.use != "none")
+        if not self.answer_rewards and not imitates:
+            raise ValueError(
+                f"answer_rewards is empty and rl.algorithm {self.rl.algorithm} with discriminator.use "
+                f"{self.discriminator.use} has no similarity reward: name an answer reward, such as "
+                "answer_rewards: [{kind: verifier}]"
+            )
+        if self.discriminator.similarity_levels == 1:
+            raise ValueError("discriminator.similarity_levels is 1, one reward for all: give 0, or 2 or more")
+        if self.discriminator.objective != "bce" and self.discriminator.label_smoothing:
+            raise ValueError(
+                "discriminator.label_smoothing has no effect with objective bradley_terry, which has no labels: remove "
+                "one of them"
+            )
+        if self.discriminator.use != "updated" and self.discriminator.max_accuracy is not None:
+            raise ValueError(
+                f"discriminator.max_accuracy has no effect with use {self.discriminator.use}: remove one of them"
+            )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
@@ -257,12 +359,17 @@ class Config(Section):
 
 
 def _valid_keys(path: tuple) -> list[str]:
-    model = Config
+    """The fields of the section at a path of keys, list places and, where a list holds several kinds, a kind."""
+    model, kinds = Config, {}
     for part in path:
         if isinstance(part, int):
             continue
-        annotation = model.model_fields[part].annotation
-        model = getattr(annotation, "__args__", [annotation])[0]
+        found = [model.model_fields[part].annotation] if part in model.model_fields else []
+        for each in found:  # list[X], X | None and Annotated[A | B, ...] hold sections
+            found.extend(typing.get_args(each))
+        sections = [each for each in found if isinstance(each, type) and issubclass(each, Section)]
+        model = kinds[part] if not found else sections[0]
+        kinds = {each.model_fields["kind"].default: each for each in sections if "kind" in each.model_fields}
     return list(model.model_fields)
 
 

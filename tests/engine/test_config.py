@@ -59,14 +59,14 @@ def test_defaults_are_the_papers(write):
             "sft: warmup_steps 30 and final_steps 170 leave none of 200 steps",
         ),
         (GOOD + "discriminator: {validation_share: 0}", "validation_share: Input should be greater than 0, got 0"),
-        ("teachers: [{name: a}]", "teachers.0: teacher a has neither path nor server: give one of them"),
+        ("teachers: [{name: a}]", "teachers.0: teacher a has neither path nor server nor responses: give one of them"),
         (
             "teachers: [{name: a, path: 'tiny:qwen_teacher', server: {url: 'http://h/v1', model: m}}]",
-            "teachers.0: teacher a has path 'tiny:qwen_teacher' and a server, .*: remove one of them",
+            "teachers.0: teacher a has path and server: remove all but one of them",
         ),
         (
             "teachers: [{name: a, trust_remote_code: true, server: {url: 'http://h/v1', model: m}}]",
-            "teacher a has trust_remote_code and a server",
+            "teacher a has trust_remote_code and server: remove all",
         ),
         (
             "teachers: [{name: a, server: {url: 'host:8000/v1', model: m}}]",
@@ -83,6 +83,32 @@ def test_defaults_are_the_papers(write):
         (
             "teachers: [{name: a, server: {url: 'http://h/v1', model: m, api_key_env: sk-SECRET}}]",
             "server.api_key_env: expected the name of an environment variable, .*; export the key in one and name it",
+        ),
+        (
+            "teachers: [{name: a, path: b, responses: c.jsonl}]",
+            "teachers.0: teacher a has path and responses: remove all but one of them",
+        ),
+        (GOOD + "answer_rewards: []\ndiscriminator: {use: none}", "answer_rewards is empty and rl.algorithm ril with"),
+        ("rl: {algorithm: dr_grpo}\nanswer_rewards: []", "answer_rewards is empty and rl.algorithm dr_grpo with"),
+        (GOOD + "answer_rewards: [{kind: judge}]", "answer_rewards.0.judge: a judge has neither path nor server"),
+        (
+            GOOD + "answer_rewards: [{kind: judge, pth: a}]",
+            "unknown key answer_rewards.0.judge.pth: did you mean 'path'",
+        ),
+        (
+            GOOD + "answer_rewards: [{kind: jury}]",
+            "answer_rewards.0: Input tag 'jury' found using 'kind' does not match",
+        ),
+        (GOOD + "answer_rewards: [{kind: function, function: a}]", "answer_rewards.0.function.function: .*, got 'a'"),
+        (GOOD + "discriminator: {similarity_levels: 1}", "similarity_levels is 1, one reward for all: give 0, or 2"),
+        (
+            GOOD + "discriminator: {objective: bradley_terry, label_smoothing: 0.1}",
+            "label_smoothing has no effect with objective bradley_terry, which has no labels",
+        ),
+        (GOOD + "discriminator: {use: fixed, max_accuracy: 0.8}", "max_accuracy has no effect with use fixed"),
+        (
+            GOOD + "discriminator: {pretrain: {patienc: 1}}",
+            "unknown key discriminator.pretrain.patienc: did you mean 'patience'",
         ),
         ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
     ],
