@@ -40,6 +40,9 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict) -> 
     """Keep the state after `step` steps, in place of the one before. All ranks call it; a crash leaves one whole."""
     root = run_dir / "checkpoints"
     folder, partial = root / f"step-{step:06}", root / "partial"
+    if folder.exists():  # resumed from it, and nothing has changed since then
+        return
+    dist.barrier()  # no rank looks for a folder that another one has begun to replace
     if dist.get_rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

@@ -15,6 +15,10 @@ class UserError(Exception):
     """Bad input or environment. The message says what, what was got, what was expected, and what to do."""
 
 
+class OutsideError(UserError):
+    """Something that a run calls has failed, such as a judge's server; the run's own state is good and worth saving."""
+
+
 def require_free_disk(folder: Path, gib: float) -> None:
     """Refuse to begin what would end with half a file: not every library names a full disk when it meets one."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -86,10 +86,7 @@ class Loop:
             chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
             return [each for some in chosen for each in some]
         self.policy.eval()
-        try:
-            drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
-        except UserError as error:
-            raise UserError(f"step {step + 1}: {error}") from error
+        drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
         responses = []
         for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
             for each in own:
@@ -247,7 +244,16 @@ class Loop:
     ) -> tuple[dict[str, Metric], list[dict]]:
         """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
         with timer.phase("rollout"):
-            responses = sorted(_of_all_ranks(self.rollout(step, questions)), key=lambda each: each["slot"])
+            mine, error = [], None
+            try:
+                mine = self.rollout(step, questions)
+            except UserError as caught:
+                error = type(caught), str(caught)
+            errors = [each for each in _of_all_ranks([error]) if each is not None]
+            if errors:  # on every rank, so that none waits for one that has left
+                kind, message = errors[0]
+                raise kind(f"step {step + 1}: {message}")
+            responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.discriminator is not None:
             with timer.phase("discriminator"):

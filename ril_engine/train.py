@@ -20,7 +20,7 @@ from ril_engine import checkpoints, stages
 from ril_engine.cli import add_run_arguments
 from ril_engine.config import Config, load_config
 from ril_engine.engine import init_distributed
-from ril_engine.errors import UserError, exit_code, leave, require_free_disk
+from ril_engine.errors import OutsideError, UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.models import require_packable_student
@@ -72,7 +72,11 @@ def train(config: Config, resume: Path | None = None) -> dict:
     ):
         for step in range(done, rl.steps):
             mine = scheduled(config, rows, step)[rank::world]
-            metrics, responses = loop.step(step, [(i, rows[i]) for i in mine], timer)
+            try:
+                metrics, responses = loop.step(step, [(i, rows[i]) for i in mine], timer)
+            except OutsideError as error:
+                checkpoints.save(run_dir, step, loop.engines, before)
+                raise UserError(f"{error}; the {step} steps before it are saved: --resume {run_dir} goes on") from error
             metrics, seconds = average(metrics), timer.pop()
             metrics["tokens_per_second"] = metrics.pop("tokens") / seconds["step"]
             log.step(step + 1, metrics, seconds)
