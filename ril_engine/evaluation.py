@@ -11,9 +11,9 @@ import torch.distributed as dist
 from ril_engine.config import Config
 from ril_engine.errors import UserError
 from ril_engine.models import Encoder
-from ril_engine.rewards import answer_reward
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import progress, read_jsonl
+from ril_engine.verifier import verify
 
 MODES = ("greedy", "sampled")
 ASKED = ("id", "question", "image", "answer")
@@ -42,7 +42,7 @@ def evaluate(
             for mode in MODES:
                 drawn = sampler.generate(rows, 1, seed=seed, greedy=mode == "greedy", advance=advance)
                 for record, (_, row), (each,) in zip(some, rows, drawn, strict=True):
-                    record[mode] = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
+                    record[mode] = 0.0 if each.truncated else float(verify(each.text, row["answer"]))
                     record |= {f"{mode}_text": each.text, f"{mode}_length": len(each.ids)}
             records += some
     model.train(was_training)
