@@ -26,12 +26,31 @@ from ril_engine.runlog import accuracy_rows, clock, read_jsonl
 
 ALGORITHMS = {"ril": "RIL", "dr_grpo": "Dr. GRPO", "grpo": "GRPO", "sft": "SFT on responses"}
 INK = "#010203"  # stands for the page's text colour, so that one drawing suits light and dark
-COLOURS = {"student": "#2f81d6", "teachers": "#e0762f", "D": "#9a63d8", "spread": "#2f81d6", "all zero": "#8a94a6"}
+COLOURS = {
+    "student": "#2f81d6",
+    "teachers": "#e0762f",
+    "D": "#9a63d8",
+    "accuracy": "#9a63d8",
+    "AUC": "#2fa37c",
+    "calibration error": "#9a63d8",
+    "by length": "#8a94a6",
+    "spread": "#2f81d6",
+    "all zero": "#8a94a6",
+}
+TEACHER_COLOURS = ("#e0762f", "#2fa37c", "#d1a52c", "#c0362c", "#8a94a6")
 PHASE_COLOURS = ("#2f81d6", "#9a63d8", "#d1a52c", "#e0762f", "#2fa37c", "#8a94a6")
 PANELS = {  # title: (what to read from it, y axis), in the page's order
     "Answer reward": ("Share of responses that the judge accepts.", "share"),
     "Similarity reward": ("Share of responses that D takes for a teacher's.", "share"),
-    "Discriminator accuracy": ("Near 1 it teaches nothing, 0.5 is guessing; shaded: 0.70 to 0.85.", "share"),
+    "Discriminator": ("Accuracy near 1 teaches nothing, 0.5 is guessing; shaded: 0.70 to 0.85.", "share"),
+    "Score of D": ('Mean probability of "student" that D gives to a side.', "share"),
+    "Trust in D": (
+        "Calibration: how far its scores are from the truth. By length: share of the reward that the length explains.",
+        "share",
+    ),
+    "Answer reward by source": ("Each teacher has its own line.", "share"),
+    "Similarity reward by source": ("Each teacher has its own line.", "share"),
+    "Unscored": ("Share of responses that an answer reward could not score; they count as 0.", "linear"),
     "KL to the reference policy": ("How far the student has moved.", "linear"),
     "Learning signal": ("Spread of advantages; share of questions where all are zero.", "linear"),
     "Response length": ("Mean tokens per response.", "linear"),
@@ -44,7 +63,13 @@ CURVES = {  # metric: (panel, label)
     "reward/teacher_answer": ("Answer reward", "teachers"),
     "reward/student_similarity": ("Similarity reward", "student"),
     "reward/teacher_similarity": ("Similarity reward", "teachers"),
-    "discriminator/accuracy": ("Discriminator accuracy", "D"),
+    "discriminator/accuracy": ("Discriminator", "accuracy"),
+    "discriminator/auc": ("Discriminator", "AUC"),
+    "discriminator/student_score": ("Score of D", "student"),
+    "discriminator/teacher_score": ("Score of D", "teachers"),
+    "discriminator/calibration_error": ("Trust in D", "calibration error"),
+    "reward/similarity_by_length": ("Trust in D", "by length"),
+    "reward/unscored": ("Unscored", "student"),
     "kl": ("KL to the reference policy", "student"),
     "advantage/spread": ("Learning signal", "spread"),
     "zero_advantage_groups": ("Learning signal", "all zero"),
@@ -55,6 +80,7 @@ CURVES = {  # metric: (panel, label)
     "grad_norm/student": ("Gradient norms", "student"),
     "grad_norm/discriminator": ("Gradient norms", "D"),
 }
+BY_SOURCE = {"Answer reward by source": "reward/answer/", "Similarity reward by source": "reward/similarity/"}
 STYLE = """
 :root{color-scheme:light dark;--bg:#fff;--card:#f5f6f8;--ink:#1c2430;--soft:#5c6675;--line:#dfe3e9;--up:#14804a;
 --down:#c0362c}
@@ -124,16 +150,22 @@ def _legend(axes) -> None:
 def _panel(rows: list[dict], title: str, scale: str) -> str:
     """Raw values pale, their moving average over them; "" when the run has none of the metrics."""
     lines = {label: _column(rows, "metrics", name) for name, (panel, label) in CURVES.items() if panel == title}
+    colours = dict(COLOURS)
+    if prefix := BY_SOURCE.get(title):
+        names = sorted({name for row in rows for name in row["metrics"] if name.startswith(prefix)})
+        lines = {name.removeprefix(prefix): _column(rows, "metrics", name) for name in names} if len(names) > 1 else {}
+        teachers = (label for label in lines if label != "student")
+        colours |= {label: TEACHER_COLOURS[i % len(TEACHER_COLOURS)] for i, label in enumerate(teachers)}
     lines = {label: values for label, values in lines.items() if np.isfinite(values).any()}
     if not lines:
         return ""
     steps = [row["step"] for row in rows]
     figure, axes = _axes()
     for label, values in lines.items():
-        axes.plot(steps, values, color=COLOURS[label], alpha=0.35, linewidth=0.8)
+        axes.plot(steps, values, color=colours[label], alpha=0.35, linewidth=0.8)
         marker = "o" if len(rows) == 1 else None
-        axes.plot(steps, _smooth(values), color=COLOURS[label], label=label, linewidth=1.8, marker=marker)
-    if title == "Discriminator accuracy":
+        axes.plot(steps, _smooth(values), color=colours[label], label=label, linewidth=1.8, marker=marker)
+    if title == "Discriminator":
         axes.axhspan(0.70, 0.85, color="#2fa37c", alpha=0.15, linewidth=0)
     if scale == "share":
         axes.set_ylim(-0.03, 1.03)

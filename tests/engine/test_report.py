@@ -27,6 +27,9 @@ def metrics(step, ril):
     if ril:
         row |= {"reward/teacher_answer": 0.9, "reward/student_similarity": 0.3, "reward/teacher_similarity": 0.8}
         row |= {"discriminator/accuracy": 0.8, "loss/discriminator": 0.5, "grad_norm/discriminator": 2.0}
+        row |= {"discriminator/auc": 0.9, "discriminator/student_score": 0.7, "discriminator/teacher_score": 0.2}
+        row |= {"discriminator/calibration_error": 0.1, "reward/similarity_by_length": 0.3, "reward/unscored": 0.0}
+        row |= {f"reward/{kind}/{name}": 0.6 for kind in ("answer", "similarity") for name in ("qwen", "internvl")}
         seconds |= {"discriminator": 0.2}
     return {"step": step, "metrics": row, "seconds": seconds}
 
@@ -105,7 +108,8 @@ def test_one_curve_per_panel_and_fewer_without_a_discriminator(run):
     run_dir, data_dir = run()
     html = write_report(run_dir, data_dir).read_text(encoding="utf-8")
     assert html.count("<svg") == len(report.PANELS) + 1
-    for text in ("Discriminator accuracy", "Similarity reward", "teachers</text>", "rollout</text>", "other</text>"):
+    lines = ("AUC</text>", "teachers</text>", "internvl</text>", "rollout</text>", "other</text>")
+    for text in ("<b>Discriminator</b>", "<b>Similarity reward by source</b>", *lines):
         assert text in html
 
 
