@@ -40,6 +40,18 @@ def test_hand_computed():
     assert similarity_reward(torch.tensor([0.0, -1e-9])).tolist() == [0.0, 1.0]
 
 
+def test_similarity_in_more_steps():
+    # D is 3/4, 1/4, 1/2 and, as good as, 0 and 1.
+    logits = torch.tensor([math.log(3), -math.log(3), 0.0, -50.0, 50.0])
+    # 1 - D in four quarters: 1/4 ends the first, 3/4 the third, 1/2 the second.
+    torch.testing.assert_close(similarity_reward(logits + 1e-6, levels=4), torch.tensor([0, 2 / 3, 1 / 3, 1, 0]))
+    # In thirds 1/4 lies in the first, 3/4 in the last, 1/2 in the one between.
+    assert similarity_reward(logits, levels=3).tolist() == [0.0, 1.0, 0.5, 1.0, 0.0]
+    torch.testing.assert_close(similarity_reward(logits, levels=0), torch.tensor([0.25, 0.75, 0.5, 1, 0]))
+    assert similarity_reward(logits, levels=2).tolist() == [0.0, 1.0, 0.0, 1.0, 0.0]
+    assert similarity_reward(torch.tensor([1e4]), levels=5).tolist() == [0.0]  # 1 - D is 0, whose ceiling is no level
+
+
 def test_label_smoothing_and_bfloat16():
     logits = torch.tensor([math.log(3)])
     # 0.9 of ln(4/3) and 0.1 of ln 4
@@ -122,3 +134,6 @@ def test_reward_errors():
         similarity_reward(torch.tensor([0.0, math.nan]))
     with pytest.raises(ValueError, match=r"logits: got shape \(2, 1\), expected \(N,\)"):
         similarity_reward(torch.zeros(2, 1))
+    for levels in (1, -2, 2.5):
+        with pytest.raises(ValueError, match=rf"levels: got {levels}, expected 0, or an integer of 2 or more\."):
+            similarity_reward(torch.zeros(2), levels=levels)

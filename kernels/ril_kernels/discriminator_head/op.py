@@ -70,9 +70,15 @@ def discriminator_loss(
     return discriminator_loss_reference(logits, labels, norm)
 
 
-def similarity_reward(logits: Tensor) -> Tensor:  # (N,) -> (N,) float32
-    """R_sim: 1 where D gives less than 0.5 to "student", else 0. Reads its input's values (a host sync)."""
+def similarity_reward(logits: Tensor, levels: int = 2) -> Tensor:  # (N,) -> (N,) float32
+    """R_sim in [0, 1], high where D gives little to "student". Reads its input's values (a host sync).
+
+    Args:
+        levels: 2: 1 where D gives less than 0.5 to "student", else 0; k: k even steps of 1 - D; 0: 1 - D itself.
+    """
     check_tensor("logits", logits, _LOGIT_DTYPES, "Pass what discriminator_head returned.")
     Shapes().check("logits", logits, "N", "One logit per response.")
     check_finite("logits", logits, "The discriminator has diverged: look at its loss and learning rate.")
-    return similarity_reward_reference(logits.detach())
+    if not isinstance(levels, int) or levels < 0 or levels == 1:
+        refuse("levels", repr(levels), "0, or an integer of 2 or more", "One level is one reward for all responses.")
+    return similarity_reward_reference(logits.detach(), levels)

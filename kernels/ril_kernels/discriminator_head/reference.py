@@ -28,9 +28,14 @@ def discriminator_loss_reference(
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum") / norm
 
 
-def similarity_reward_reference(logits: Tensor) -> Tensor:  # (N,) -> (N,) float32
-    """1 where sigmoid(logit) < 0.5, that is logit < 0: D takes the response for a teacher's"""
-    return (logits < 0).float()
+def similarity_reward_reference(logits: Tensor, levels: int) -> Tensor:  # (N,) -> (N,) float32
+    """With D = sigmoid(logit): 1[D < 0.5] for 2 levels, (ceil(k (1 - D)) - 1) / (k - 1) for k, 1 - D for 0"""
+    if levels == 2:
+        return (logits < 0).float()
+    teacher = torch.sigmoid(-logits.double())  # 1 - D
+    if levels:
+        teacher = ((levels * teacher).ceil() - 1).clamp(min=0) / (levels - 1)
+    return teacher.float()
 
 
 # name -> (T, H, N, has a bias)
