@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from ril_engine.errors import UserError
@@ -55,6 +56,14 @@ def require_packable(config) -> None:
         )
 
 
+def adapt(decoder, packing: str) -> None:
+    """Make a language model read packs, where it will get any, with Liger's kernels on a GPU."""
+    if packing != "padded":
+        attend_over_packs(decoder)
+        if torch.cuda.is_available():
+            use_liger(decoder)
+
+
 def attend_over_packs(decoder) -> None:
     """Make a language model, and nothing around it, read packs. Without a pack its attention is torch's, as before."""
     from transformers import AttentionInterface, AttentionMaskInterface
@@ -96,6 +105,19 @@ def only_rows(norm: nn.Module, row: Tensor) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+@contextmanager
+def without_final_norm(norm: nn.Module) -> Iterator[None]:
+    """Within it, a final norm gives what it takes, for an op that normalises only the rows which it reads."""
+    own = norm.__dict__.get("forward")  # Liger's, say
+    norm.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del norm.forward
+        if own is not None:
+            norm.forward = own
 
 
 def use_liger(decoder) -> None:

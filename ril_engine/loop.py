@@ -13,18 +13,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ril_engine import stages
+from ril_engine.adversary import Adversary
 from ril_engine.config import Config
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError
-from ril_engine.families import attend_over_packs, language_model, use_liger
+from ril_engine.families import adapt, language_model
 from ril_engine.models import Encoder, load
 from ril_engine.packing import micro_batches
-from ril_engine.policy import Policy, discriminator_batch, encode_for_discriminator, shared_tokens
+from ril_engine.policy import Policy
 from ril_engine.rewards import answer_reward
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import PhaseTimer
-from ril_kernels import discriminator_loss, group_advantages, similarity_reward
+from ril_kernels import group_advantages
 
 # A mean over this rank's share where all shares are equal; (sum, count) where they are not.
 Metric = float | tuple[float, float]
@@ -41,7 +41,7 @@ class Loop:
         model, processor = load(start)
         if not rl.train_vision_tower:
             model.model.get_submodule(_vision_name(model)).requires_grad_(False)
-        self._adapt(model)
+        adapt(language_model(model), rl.packing)
         self.policy = Policy(model)
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
         self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
@@ -55,28 +55,9 @@ class Loop:
         )
         self.engines = {"student": self.student}
         self.sampler = rollout(model, self.encoder, config.sampling)  # on the device that the engine has moved it to
-        self.discriminator = None
-        if d_path is not None:
-            from safetensors.torch import load_file
-
-            module, self.d_tokenizer = stages.new_discriminator(start)
-            module.load_state_dict(load_file(d_path / "discriminator.safetensors"))
-            self._adapt(module.language_model)
-            settings = config.discriminator
-            names = ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm")
-            self.discriminator = Engine(
-                module,
-                config=config.deepspeed,
-                steps=rl.steps * rl.updates_per_step,
-                **{name: getattr(settings, name) for name in names},
-            )
-            self.engines["discriminator"] = self.discriminator
-
-    def _adapt(self, model) -> None:
-        if self.config.rl.packing != "padded":
-            attend_over_packs(language_model(model))
-            if torch.cuda.is_available():
-                use_liger(language_model(model))
+        self.adversary = None if d_path is None else Adversary.pretrained(config, start, d_path)
+        if self.adversary is not None and self.adversary.engine is not None:
+            self.engines["discriminator"] = self.adversary.engine
 
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""
@@ -96,7 +77,7 @@ class Loop:
                     | {"truncated": each.truncated, "sampler_logprobs": each.sampler_logprobs}
                     | {"answer_reward": reward, "prompt_tokens": self._prompt_tokens(row)}
                 )
-            if self.discriminator is not None:
+            if config.rl.algorithm == "ril":
                 responses += self._teachers(step, slot, number, row)
         return responses
 
@@ -126,42 +107,6 @@ class Loop:
         rl = self.config.rl
         planned = micro_batches(rl.packing, keys, prefix, own, budget=rl.micro_batch_tokens, ranks=self.world)
         return planned[self.rank]
-
-    def update_discriminator(self, responses: list[dict]) -> dict[str, Metric]:
-        """mu updates on the 2G responses of each question, student = 1, teacher = 0; then scores them."""
-        tokenizer, packing = self.d_tokenizer, self.config.rl.packing
-        texts = [each["text"] for each in responses]
-        rows = encode_for_discriminator(tokenizer, self.config.discriminator.instruction, texts)
-        shared = shared_tokens(rows)
-        labels = torch.tensor([each["source"] == "student" for each in responses])
-        batches = []
-        for part in self._micro_batches([0] * len(rows), [shared] * len(rows), [len(row) - shared for row in rows]):
-            some = part or [0]
-            inputs = discriminator_batch([rows[i] for i in some], tokenizer.pad_token_id, packing, shared)
-            batches.append((part, labels[some], inputs))
-        self.discriminator.module.train()
-        for update in range(self.config.rl.updates_per_step):
-            total, right = 0.0, 0
-            for number, (part, own_labels, inputs) in enumerate(batches, 1):
-                logits = self.discriminator(*inputs)
-                loss = discriminator_loss(logits, own_labels, norm=len(rows)) * bool(part)
-                self.discriminator.backward(loss, last=number == len(batches))
-                total += float(loss.detach())
-                right += int(((logits > 0) == own_labels)[: len(part)].sum())
-            norms = self.discriminator.step()
-            if update == 0:
-                count = sum(len(part) for part, *_ in batches)
-                first = {"loss/discriminator": total * self.world, "discriminator/accuracy": (float(right), count)}
-        self.discriminator.module.eval()
-        scored = []
-        with torch.no_grad():
-            for part, _, inputs in batches:
-                scored += zip(part, self.discriminator.module(*inputs).tolist(), strict=False)
-        logits = torch.tensor([logit for _, logit in sorted(_of_all_ranks(scored))])
-        rewards, scores = similarity_reward(logits).tolist(), logits.sigmoid().tolist()
-        for each, reward, score in zip(responses, rewards, scores, strict=True):
-            each["similarity_reward"], each["score"] = reward, score
-        return {**first, "grad_norm/discriminator": norms["grad_norm"]}
 
     def advantages(self, responses: list[dict]) -> torch.Tensor:
         """(N,) group advantages of R = R_sim + R_ans over all responses of a question; 1 where sft imitates all."""
@@ -255,9 +200,9 @@ class Loop:
                 raise kind(f"step {step + 1}: {message}")
             responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
-        if self.discriminator is not None:
+        if self.adversary is not None:
             with timer.phase("discriminator"):
-                metrics |= self.update_discriminator(responses)
+                metrics |= self.adversary.update(responses)
         advantages = self.advantages(responses)
         for each, advantage in zip(responses, advantages.tolist(), strict=True):
             each["advantage"] = advantage
@@ -290,9 +235,6 @@ def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metr
         if some:
             out[f"reward/{side}_answer"] = mean([each["answer_reward"] for each in some])
             out[f"length/{side}"] = mean([len(each["ids"]) for each in some])
-            if "score" in some[0]:
-                out[f"reward/{side}_similarity"] = mean([each["similarity_reward"] for each in some])
-                out[f"discriminator/{side}_score"] = mean([each["score"] for each in some])
     own = [each for each in responses if each["source"] == "student"]
     out["truncated"] = mean([float(each["truncated"]) for each in own])
     return out

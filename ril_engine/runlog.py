@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ril_engine.errors import UserError
+from ril_engine.watch import Watch
 
 Advance = Callable[..., None]  # (n=1, status="", **fields)
 PLAIN_LINE_SECONDS = 10.0  # between progress lines where stderr is no terminal
@@ -91,6 +92,8 @@ def _print(line: str) -> None:
 class RunLog(AbstractContextManager):
     """metrics.jsonl, samples.jsonl and tensorboard/ of one run, and a line on stderr per step.
 
+    What is said of the discriminator's health is a second line, and the step's "warning" in metrics.jsonl.
+
     `resume_step` is the last step to keep: later lines, which a crashed run wrote after its last checkpoint,
     are dropped. 0 starts all three afresh. `enabled=False`, for ranks other than 0, writes nothing.
     """
@@ -103,8 +106,10 @@ class RunLog(AbstractContextManager):
 
         run_dir = Path(run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._total_steps = total_steps
+        self._total_steps, self._watch = total_steps, Watch()
         self._metrics = self._open(run_dir / "metrics.jsonl", resume_step)
+        for row in read_jsonl(run_dir / "metrics.jsonl"):  # what was warned of before is not said again
+            self._watch(row["metrics"])
         self._samples = self._open(run_dir / "samples.jsonl", resume_step)
         purge = resume_step + 1 if resume_step else 0  # TensorBoard hides this step and all later ones
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
@@ -122,10 +127,14 @@ class RunLog(AbstractContextManager):
             return
         metrics = {name: float(value) for name, value in metrics.items()}
         seconds = {name: float(value) for name, value in seconds.items()}
-        self._metrics.write(_json_line({"step": step, "metrics": metrics, "seconds": seconds}))
+        warning = self._watch(metrics)
+        row = {"step": step, "metrics": metrics, "seconds": seconds}
+        self._metrics.write(_json_line(row if warning is None else row | {"warning": warning}))
         for name, value in {**metrics, **{f"seconds/{phase}": s for phase, s in seconds.items()}}.items():
             self._tensorboard.add_scalar(name, value, step)
         _print(step_line(step, self._total_steps, metrics, seconds))
+        if warning is not None:
+            _print(f"warning: {warning}")
 
     def samples(self, rows: Iterable[dict]) -> None:
         if not self._enabled:

@@ -15,20 +15,22 @@ import torch.distributed as dist
 
 import ril_kernels
 from ril_engine import __version__, digits, tiny_models
+from ril_engine.adversary import pretrain
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
-from ril_engine.families import language_model
 from ril_engine.models import Encoder, load
-from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
+from ril_engine.policy import Policy
 from ril_engine.runlog import progress
-from ril_kernels import discriminator_loss
 
 DONE = "done.json"
 CODE = (
+    "adversary",
     "digits",
+    "discriminator",
     "engine",
     "families",
+    "health",
     "models",
     "packing",
     "policy",
@@ -215,72 +217,17 @@ def sft(config: Config, data_dir: Path, data_key: str) -> tuple[str, str]:
     return str(stage(config, "sft", key, build)), key
 
 
-def new_discriminator(student: ModelConfig):
-    """D as it starts: the SFT student's language model and a zero score head; and the student's tokenizer."""
-    model, processor = load(student)
-    return Discriminator(language_model(model)), processor.tokenizer
-
-
 def discriminator(config: Config, student_path: str, saved: dict[str, Path], key: str) -> Path:
-    """D pre-trained on the saved responses, half of each batch the student's; held-out accuracy in metrics.json."""
-    from safetensors.torch import save_file
-
-    settings = config.discriminator.pretrain
-    parts = (config.discriminator, config.deepspeed, config.seed, key, sorted(map(str, saved.values())))
-    key = key_of("discriminator", *parts)
+    """D pre-trained on the saved responses; its held-out accuracy is in metrics.json."""
+    settings = config.discriminator.model_dump(
+        include={"pretrain", "validation_share", "objective", "label_smoothing", "temperature", "instruction"}
+    )
+    weights = {each.name: each.weight for each in config.teachers}
+    parts = (settings, weights, config.deepspeed, config.seed, key, sorted(map(str, saved.values())))
+    student = config.student.model_copy(update={"path": student_path})
 
     def build(out: Path) -> None:
-        texts: dict[bool, list] = {True: [], False: []}
-        held: dict[bool, list] = {True: [], False: []}
-        for source, path in saved.items():
-            for row in read_jsonl(path, ("id",)):
-                bucket = int(hashlib.sha256(row["id"].encode()).hexdigest(), 16) % 1000
-                side = held if bucket < 1000 * config.discriminator.validation_share else texts
-                side[source == "student"].append(row["text"])
-        for side in (texts, held):
-            for student, some in side.items():
-                if not some:
-                    raise UserError(
-                        f"D pre-training: no saved responses of {'the student' if student else 'teachers'} in "
-                        f"{'its held-out part' if side is held else 'training'}; raise responses.questions or set "
-                        "another discriminator.validation_share"
-                    )
-        module, tokenizer = new_discriminator(config.student.model_copy(update={"path": student_path}))
-        engine = Engine(module.train(), config=config.deepspeed, **_rates(settings))
-        rank, world, instruction = dist.get_rank(), dist.get_world_size(), config.discriminator.instruction
+        responses = {source: read_jsonl(path, ("id",)) for source, path in saved.items()}
+        pretrain(config, student, responses, out)
 
-        def inputs(some: list[str]):
-            return discriminator_batch(encode_for_discriminator(tokenizer, instruction, some), tokenizer.pad_token_id)
-
-        with progress(settings.steps, "D pre-training", enabled=is_main()) as advance:
-            for step in range(settings.steps):
-                generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-                half = settings.batch_size // 2
-                batch = [
-                    (texts[student][i], student)
-                    for student in (True, False)
-                    for i in torch.randint(len(texts[student]), (half,), generator=generator).tolist()
-                ][rank::world]
-                size = settings.micro_batch_size
-                for start in range(0, len(batch), size):
-                    some, labels = zip(*batch[start : start + size], strict=True)
-                    logits = engine(*inputs(list(some)))
-                    loss = discriminator_loss(logits, torch.tensor(labels), norm=2 * half)
-                    engine.backward(loss, last=start + size >= len(batch))
-                engine.step()
-                advance(1)
-        if is_main():
-            module.eval()
-            right = []
-            with torch.no_grad():
-                for student in (True, False):
-                    some = held[student][:200]
-                    logits = module(*inputs(some))
-                    right += ((logits > 0) == student).tolist()
-            metrics = {"held_out_accuracy": sum(right) / len(right), "held_out_responses": len(right)}
-            (out / "metrics.json").write_text(json.dumps(metrics))
-            save_file(
-                {k: v.detach().clone() for k, v in module.state_dict().items()}, out / "discriminator.safetensors"
-            )
-
-    return stage(config, "discriminator", key, build)
+    return stage(config, "discriminator", key_of("discriminator", *parts), build)

@@ -36,8 +36,8 @@ def prepare(config: Config):
     if config.rl.algorithm in ("dr_grpo", "grpo"):
         return data_dir, student_path, {}, None
     files = all_responses(config, student_path, student_key, data_dir, data_key)
-    ril = config.rl.algorithm == "ril"
-    d_path = stages.discriminator(config, student_path, files, student_key) if ril else None
+    adversarial = config.rl.algorithm == "ril" and config.discriminator.use != "none"
+    d_path = stages.discriminator(config, student_path, files, student_key) if adversarial else None
     saved: dict[str, dict] = {}
     for each in config.teachers:
         by_id = saved.setdefault(each.name, {})

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from ril_engine import checkpoints, digits, stages, tiny_models
+from ril_engine import adversary, checkpoints, digits, tiny_models
+from ril_engine.adversary import WEIGHTS
 from ril_engine.config import Config, ModelConfig
+from ril_engine.discriminator import new_discriminator
 from ril_engine.errors import UserError
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.runlog import PhaseTimer
@@ -39,11 +41,12 @@ def job(tmp_path_factory, alone):
             text = digits.reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)
             record = {"source": name, "text": text, "truncated": False, "answer_reward": 1.0}
             saved.setdefault(name, {})[row["id"]] = [record] * 4
-    module, _ = stages.new_discriminator(ModelConfig(path=str(student)))
-    save_file({k: v.clone() for k, v in module.state_dict().items()}, d_path / "discriminator.safetensors")
+    module, _ = new_discriminator(ModelConfig(path=str(student)))
+    save_file({k: v.clone() for k, v in module.state_dict().items()}, d_path / WEIGHTS)
 
-    def make(**rl) -> Loop:
-        changed = Config.model_validate({**settings, "rl": {**settings["rl"], **rl}})
+    def make(discriminator: dict | None = None, **rl) -> Loop:
+        changes = {"discriminator": {**settings["discriminator"], **(discriminator or {})}}
+        changed = Config.model_validate({**settings, **changes, "rl": {**settings["rl"], **rl}})
         return Loop(changed, data_dir, str(student), saved, d_path)
 
     return make, list(enumerate(rows))[:3]
@@ -93,15 +96,18 @@ def test_importance_weights_are_cut_and_the_students_alone(job):
     assert loss(~students) == pytest.approx(teachers, rel=1e-5)
 
 
-def test_a_rank_without_a_response_adds_nothing(job):
+def test_a_rank_without_a_response_adds_nothing(job, monkeypatch):
     make, questions = job
     loop = make(updates_per_step=1)
     responses = loop.rollout(0, questions)
     advantages = torch.linspace(-1, 1, len(responses))
-    planned, kept = loop._micro_batches, {}
+    planned, planned_d, kept = loop._micro_batches, adversary.micro_batches, {}
     gradients = []
     for empty in ([], [[]]):
         loop._micro_batches = lambda *sizes, empty=empty: planned(*sizes) + empty
+        monkeypatch.setattr(
+            adversary, "micro_batches", lambda *sizes, empty=empty, **rest: [planned_d(*sizes, **rest)[0] + empty]
+        )
         for engine in loop.engines.values():
             engine.module.zero_grad()
 
@@ -112,7 +118,7 @@ def test_a_rank_without_a_response_adds_nothing(job):
         for name, engine in loop.engines.items():
             engine.step = lambda engine=engine, name=name: keep(engine, name)
         copies = [dict(each) for each in responses]
-        metrics = loop.update_discriminator(copies) | loop.update_policy(copies, advantages, PhaseTimer())
+        metrics = loop.adversary.update(copies) | loop.update_policy(copies, advantages, PhaseTimer())
         gradients.append((metrics, dict(kept), [each["score"] for each in copies]))
     assert gradients[0][0] == gradients[1][0] and gradients[0][2] == gradients[1][2]
     for name in loop.engines:
@@ -132,7 +138,7 @@ def test_packings_give_the_same_curves(job):
         loop = make(packing=packing, **settings)
         for rollout in recorded:
             responses = [dict(each) for each in rollout]
-            metrics = loop.update_discriminator(responses)
+            metrics = loop.adversary.update(responses)
             advantages = loop.advantages(responses)
             metrics |= loop.update_policy(responses, advantages, PhaseTimer())
             names = ("loss/policy", "loss/discriminator", "grad_norm/student", "grad_norm/discriminator")
@@ -149,8 +155,8 @@ def test_d_learns_that_the_student_is_1_and_pays_for_teacher_text(job):
     responses = loop.rollout(0, questions)
     assert [each["source"] == "student" for each in responses] == ([True] * 4 + [False] * 4) * 3
     for _ in range(15):
-        metrics = loop.update_discriminator(responses)
-    assert metrics["discriminator/accuracy"] == (24.0, 24)
+        metrics = loop.adversary.update(responses)
+    assert metrics["discriminator/accuracy"] == 1.0
     for each in responses:
         own = each["source"] == "student"
         assert (each["score"] > 0.5) == own and each["similarity_reward"] == (0.0 if own else 1.0)

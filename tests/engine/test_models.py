@@ -8,9 +8,8 @@ import torch
 from ril_engine import digits, tiny_models
 from ril_engine.config import DigitsConfig, ModelConfig
 from ril_engine.errors import UserError
-from ril_engine.families import language_model
 from ril_engine.models import Encoder, load
-from ril_engine.policy import Discriminator, Policy, discriminator_batch, encode_for_discriminator
+from ril_engine.policy import Policy
 from ril_engine.rewards import answer_reward
 
 
@@ -53,21 +52,6 @@ def test_a_placeholder_is_banned_and_never_kept(family, task):
     ids = encoder.response(text)
     assert placeholder not in ids and encoder.decode(ids) == "78"
     Policy(model)(encoder.batch(task[1][:1], [ids])).sum().backward()
-
-
-def test_discriminator_ignores_its_padding_and_special_tokens(family):
-    model, encoder = family
-    d = Discriminator(language_model(model)).eval()
-    torch.nn.init.normal_(d.score.weight)
-
-    def score(*texts):
-        rows = encode_for_discriminator(encoder.tokenizer, "Who?", texts)
-        return d(*discriminator_batch(rows, encoder.pad_id))
-
-    with torch.no_grad():
-        together = score("7", "I see 7 and 8. The answer is 56.")
-        torch.testing.assert_close(together[:1], score(" 7<|im_end|>"), atol=2e-5, rtol=0)
-    assert abs(float(together[0] - together[1])) > 1e-3
 
 
 def test_bad_input_is_named(task, family, tmp_path):

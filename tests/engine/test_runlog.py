@@ -102,6 +102,7 @@ def test_tensorboard_holds_each_step_once_after_a_resume(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     log_steps(tmp_path, range(1, 6), 1.0)
+    time.sleep(1)  # files are in the order of the second that they are of
     log_steps(tmp_path, (4, 5), 2.0, resume_step=3)
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["kl", "seconds/step"]
