@@ -29,15 +29,16 @@ def _sft(config, _) -> dict:
 def _responses(config, _) -> dict:
     from ril_engine import stages
     from ril_engine.saved_responses import all_responses
+    from ril_engine.teacher_scores import scored_responses
 
     data_dir, data_key = stages.data(config)
     student_path, student_key = stages.sft(config, data_dir, data_key)
     files = all_responses(config, student_path, student_key, data_dir, data_key)
-    accuracy = {}
-    for source, path in files.items():
-        rewards = [row["answer_reward"] for row in stages.read_jsonl(path, ("id",))]
-        accuracy[source] = sum(rewards) / len(rewards)
-    return {"responses": {source: str(path) for source, path in files.items()}, "accuracy": accuracy}
+    rewards = {}
+    for name, by_id in scored_responses(config, files, data_dir).items():
+        some = [each["answer_reward"] for responses in by_id.values() for each in responses]
+        rewards[name] = sum(some) / len(some)
+    return {"responses": {source: str(path) for source, path in files.items()}, "answer_reward": rewards}
 
 
 def _discriminator(config, _) -> dict:
@@ -57,13 +58,13 @@ def _evaluate(config, arguments) -> dict:
     from ril_engine import stages
     from ril_engine.evaluation import evaluate
     from ril_engine.models import Encoder, load
+    from ril_engine.questions import evaluation_questions
 
     data_dir, data_key = stages.data(config)
     path = arguments.student or stages.sft(config, data_dir, data_key)[0]
     model, processor = load(config.student.model_copy(update={"path": path}))
     encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
-    questions = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
-    questions = questions[: config.evaluation.questions or None]
+    questions = evaluation_questions(config, data_dir)
     result = evaluate(config, model, encoder, questions, f"evaluation of {path}")
     return {"student": path, "split": config.evaluation.split, **result}
 
@@ -88,7 +89,7 @@ def _compare(arguments) -> dict:
 STAGES = {
     "data": (_data, "build the digits task, or check a folder of data"),
     "sft": (_sft, "supervised training of the student"),
-    "responses": (_responses, "saved responses of student and teachers, judged"),
+    "responses": (_responses, "saved responses of student and teachers, the teachers' judged"),
     "discriminator": (_discriminator, "pre-training of the discriminator on saved responses"),
     "evaluate": (_evaluate, "accuracy of a student on held-out questions, greedy and sampled"),
 }

@@ -348,7 +348,10 @@ class Config(Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
-        if taught and self.responses.per_question * len(names) < self.rl.group_size:
+        if taken := sorted({"student", "teacher", "spread"} & set(names)):
+            raise ValueError(f"teachers: the name {taken[0]} is taken, by another's metrics: choose another")
+        generated = all(teacher.responses is None for teacher in self.teachers)  # what a file has is known later
+        if taught and generated and self.responses.per_question * len(names) < self.rl.group_size:
             raise ValueError(
                 f"responses.per_question is {self.responses.per_question} for each of {len(names)} teachers, fewer "
                 f"than rl.group_size {self.rl.group_size}: raise responses.per_question"

@@ -42,7 +42,7 @@ def exit_code(job: Callable[[], dict]) -> int:
         where = f" for {error.filename}" if error.filename else ""
         message = f"no free disk{where} ({error.strerror}); free some space and start again: finished stages are kept"
     else:
-        if _rank() == 0:
+        if rank() == 0:
             print(json.dumps(result), flush=True)
         return 0
     if _first_to_tell():
@@ -67,7 +67,7 @@ def _distributed():
     return dist if dist is not None and dist.is_initialized() else None
 
 
-def _rank() -> int:
+def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
@@ -75,7 +75,7 @@ def _first_to_tell() -> bool:
     """Before the ranks meet all of them fail alike, so rank 0 speaks; then only one of them may know."""
     dist = _distributed()
     if dist is None or dist.get_world_size() == 1:
-        return _rank() == 0
+        return rank() == 0
     try:
         return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
     except RuntimeError:  # the store went with the rank that has told

@@ -24,6 +24,7 @@ from ril_engine.policy import Policy
 from ril_engine.rewards import answer_reward
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import PhaseTimer
+from ril_engine.teachers import divide, weights_of
 from ril_kernels import group_advantages
 
 # A mean over this rank's share where all shares are equal; (sum, count) where they are not.
@@ -71,7 +72,7 @@ class Loop:
         responses = []
         for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
             for each in own:
-                reward = 0.0 if each.truncated else answer_reward(each.text, row["answer"])
+                reward = 0.0 if each.truncated or row["answer"] is None else answer_reward(each.text, row["answer"])
                 responses.append(
                     {"slot": slot, "row": row, "source": "student", "text": each.text, "ids": each.ids}
                     | {"truncated": each.truncated, "sampler_logprobs": each.sampler_logprobs}
@@ -82,13 +83,14 @@ class Loop:
         return responses
 
     def _teachers(self, step: int, slot: int, number: int, row: dict) -> list[dict]:
+        """G saved responses of the teachers to a question, by weight and without replacement."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + step * 1009 + number)
-        names, group = [teacher.name for teacher in self.config.teachers], self.config.rl.group_size
-        order = torch.randperm(len(names), generator=generator).tolist()
+        pools = {name: by_id[row["id"]] for name, by_id in self.saved.items()}
+        available = {name: len(pool) for name, pool in pools.items()}
+        counts = divide(self.config.rl.group_size, weights_of(self.config), available, generator)
         chosen = []
-        for place, which in enumerate(order):  # floor or ceil of G / k each
-            count = group // len(names) + (place < group % len(names))
-            pool = self.saved[names[which]][row["id"]]
+        for name, count in counts.items():
+            pool = pools[name]
             picks = torch.randperm(len(pool), generator=generator)[:count].tolist()
             for i in picks:
                 ids = self.encoder.response(pool[i]["text"], eos=not pool[i]["truncated"])
@@ -235,6 +237,12 @@ def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metr
         if some:
             out[f"reward/{side}_answer"] = mean([each["answer_reward"] for each in some])
             out[f"length/{side}"] = mean([len(each["ids"]) for each in some])
+    teachers = dict.fromkeys(each["source"] for each in responses if each["source"] != "student")
+    for name in teachers:
+        some = [each for each in responses if each["source"] == name]
+        out[f"reward/answer/{name}"] = mean([each["answer_reward"] for each in some])
+        out[f"length/{name}"] = mean([len(each["ids"]) for each in some])
+        out[f"advantage/{name}"] = mean([each["advantage"] for each in some])
     own = [each for each in responses if each["source"] == "student"]
     out["truncated"] = mean([float(each["truncated"]) for each in own])
     return out

@@ -55,6 +55,21 @@ def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
     return model, processor
 
 
+def load_tokenizer(config: ModelConfig):
+    """A checkpoint's tokenizer alone.
+
+    Raises:
+        UserError: no such checkpoint, or none with a tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(config.path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"model {config.path}: no tokenizer ({reason}); give a Hugging Face checkpoint") from error
+
+
 def require_packable_student(config: ModelConfig) -> None:
     """Before anything slow: what `load` cannot load is left for it to refuse, and "tiny:" models are packable."""
     from transformers import AutoConfig

@@ -237,9 +237,10 @@ def _sample(row: dict, data_dir: Path) -> str:
         for r in sorted(row["responses"], key=lambda r: r["source"] != "student")
     )
     picture = _picture(data_dir, row["image"], str(row["id"])) if row["image"] else ""
+    reference = escape(row["answer"] or "none")
     return (
         f'<div class="sample">{picture}<div><p><b>{escape(row["question"])}</b><br>Reference answer: '
-        f'<b>{escape(row["answer"])}</b> <span class="soft">{escape(row["kind"] or "")} {escape(str(row["id"]))}'
+        f'<b>{reference}</b> <span class="soft">{escape(row["kind"] or "")} {escape(str(row["id"]))}'
         '</span></p><div class="scroll"><table><tr><th>source</th><th class="text">response</th><th>answer</th>'
         f"<th>similarity</th><th>advantage</th></tr>{lines}</table></div></div></div>"
     )

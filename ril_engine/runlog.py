@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from ril_engine.errors import UserError
+from ril_engine.errors import UserError, rank
 from ril_engine.watch import Watch
 
 Advance = Callable[..., None]  # (n=1, status="", **fields)
@@ -87,6 +88,13 @@ def _print(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
     else:
         _live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@functools.cache
+def warn(message: str) -> None:
+    """A line on stderr, of rank 0 only; the same one is not repeated."""
+    if rank() == 0:
+        _print(f"warning: {message}")
 
 
 class RunLog(AbstractContextManager):

@@ -8,7 +8,9 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,8 +23,10 @@ from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
+from ril_engine.questions import read_jsonl, training_questions
 from ril_engine.runlog import progress
 
+T = TypeVar("T")
 DONE = "done.json"
 CODE = (
     "adversary",
@@ -34,10 +38,13 @@ CODE = (
     "models",
     "packing",
     "policy",
+    "questions",
     "rewards",
     "saved_responses",
     "server",
     "stages",
+    "teacher_scores",
+    "teachers",
     "tiny_models",
 )
 
@@ -91,29 +98,31 @@ def barrier() -> None:
         dist.barrier()
 
 
-def read_jsonl(path: Path, required: tuple[str, ...]) -> list[dict]:
-    """The rows of a JSONL file, each with non-empty `required` fields."""
+def together(work: Callable[[], T]) -> list[T]:
+    """What `work` returned on each rank, on every rank; a UserError of one is raised on all, so that none waits.
+
+    For work of hours: the ranks meet in a group of their own, since barrier's gives up early.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=365)) if dist.is_initialized() else None
+    value, message = None, None
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"data {path}: {error.strerror}; data.dir must hold this file") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"data {path}, line {number}: not JSON ({error.msg}); expected one object per line"
-            ) from error
-        for field in required:
-            if not isinstance(row, dict) or not str(row.get(field, "")).strip():
-                raise UserError(f"data {path}, line {number}: no {field!r}; every line needs {', '.join(required)}")
-        rows.append(row)
-    if not rows:
-        raise UserError(f"data {path}: no rows; expected one JSON object per line")
-    return rows
+        value = work()
+    except UserError as error:
+        message = str(error)
+    everyone = [(value, message)]
+    if group is not None:
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, (value, message), group=group)
+        dist.destroy_process_group(group)
+    for _, message in everyone:
+        if message is not None:
+            raise UserError(message)
+    return [value for value, _ in everyone]
+
+
+def on_rank_0(work: Callable[[], T]) -> T:
+    """What rank 0's `work` returned, or the UserError that it ended with, on every rank."""
+    return together(lambda: work() if is_main() else None)[0]
 
 
 def data(config: Config) -> tuple[Path, str]:
@@ -132,8 +141,9 @@ def data(config: Config) -> tuple[Path, str]:
 
         return stage(config, "data", key, build), key
     folder = Path(config.data.dir)
-    read_jsonl(folder / "train.jsonl", ("id", "question", "answer"))
-    return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.jsonl")})
+    training_questions(config, folder)
+    files = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")] + sorted(folder.glob("sft*.jsonl"))
+    return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()})
 
 
 def train_supervised(

@@ -24,26 +24,24 @@ from ril_engine.errors import OutsideError, UserError, exit_code, leave, require
 from ril_engine.evaluation import evaluate
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.models import require_packable_student
+from ril_engine.questions import evaluation_questions
 from ril_engine.report import write_report
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
-from ril_engine.saved_responses import all_responses
+from ril_engine.saved_responses import all_responses, taught_questions
+from ril_engine.teacher_scores import scored_responses
 
 
-def prepare(config: Config):
-    """Stages 1 to 3, each built where it is missing: data, student path, saved responses by teacher and id, D."""
-    data_dir, data_key = stages.data(config)
+def prepare(config: Config, data_dir: Path, data_key: str):
+    """Stages 1 to 3, each built where it is missing: student path, questions, scored responses by teacher and id, D."""
     student_path, student_key = stages.sft(config, data_dir, data_key)
+    rows = taught_questions(config, student_path, data_dir, data_key)
     if config.rl.algorithm in ("dr_grpo", "grpo"):
-        return data_dir, student_path, {}, None
+        return student_path, rows, {}, None
     files = all_responses(config, student_path, student_key, data_dir, data_key)
+    saved = scored_responses(config, files, data_dir)
     adversarial = config.rl.algorithm == "ril" and config.discriminator.use != "none"
     d_path = stages.discriminator(config, student_path, files, student_key) if adversarial else None
-    saved: dict[str, dict] = {}
-    for each in config.teachers:
-        by_id = saved.setdefault(each.name, {})
-        for row in stages.read_jsonl(files[each.name], ("id",)):
-            by_id.setdefault(row["id"], []).append(row)
-    return data_dir, student_path, saved, d_path
+    return student_path, rows, saved, d_path
 
 
 def train(config: Config, resume: Path | None = None) -> dict:
@@ -54,11 +52,9 @@ def train(config: Config, resume: Path | None = None) -> dict:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
     if rl.packing != "padded":
         require_packable_student(config.student)
-    data_dir, student_path, saved, d_path = prepare(config)
-    rows = stages.read_jsonl(data_dir / "train.jsonl", ("id", "question", "answer"))
-    rows = rows[: config.responses.questions or None]  # for every algorithm, so that runs compare
-    test = stages.read_jsonl(data_dir / f"{config.evaluation.split}.jsonl", ("id", "question", "answer"))
-    test = test[: config.evaluation.questions or None]
+    data_dir, data_key = stages.data(config)
+    test = evaluation_questions(config, data_dir)  # before anything slow
+    student_path, rows, saved, d_path = prepare(config, data_dir, data_key)
 
     loop = Loop(config, data_dir, student_path, saved, d_path)
     run_dir = resume or _new_run(config)

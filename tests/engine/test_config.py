@@ -50,6 +50,7 @@ def test_defaults_are_the_papers(write):
         (GOOD + "rl: [", r"malformed YAML at line \d+, column \d+"),
         ("- 1", "expected a mapping of settings, got list"),
         ("teachers: [{name: a, path: b}, {name: a, path: b}]", r"names must differ, got \['a', 'a'\]"),
+        ("teachers: [{name: spread, path: b}]", "teachers: the name spread is taken, by another's metrics: choose"),
         (
             GOOD + "responses: {per_question: 2}",
             "responses.per_question is 2 .* raise responses.per_question",

@@ -63,7 +63,7 @@ def stage_times(folder: Path) -> dict[Path, int]:
 @pytest.mark.distributed
 def test_one_rank_computes_what_two_do_and_reuses_the_stages(finished):
     config, stages, first = finished
-    assert len(stages) == 8
+    assert len(stages) == 10
     second = last_json(run("--config", config))
     assert stage_times(config.parent) == stages
     assert second["run_dir"] != first["run_dir"]
@@ -122,7 +122,7 @@ def ril(capfd, alone):
 
 def test_every_subcommand_ends_with_its_results(finished, ril):
     config, stages, first = finished
-    keys = {"data": "questions", "sft": "student", "responses": "accuracy", "discriminator": "held_out_accuracy"}
+    keys = {"data": "questions", "sft": "student", "responses": "answer_reward", "discriminator": "held_out_accuracy"}
     for command, key in keys.items():
         code, (line,), _ = ril(command, "--config", config)
         assert code == 0 and key in json.loads(line)
@@ -167,8 +167,12 @@ QUESTION = {"id": "a", "question": "What is it?", "answer": "7"}
     ("rows", "message"),
     [
         ("", "error: data .*train.jsonl: no rows; expected one JSON object per line"),
-        ([{"id": "a", "question": "What is it?"}], "error: data .*train.jsonl, line 1: no 'answer'; every line needs"),
-        ([QUESTION, {**QUESTION, "answer": " "}], "error: data .*train.jsonl, line 2: no 'answer'"),
+        (
+            [{"id": "a", "question": "What is it?"}],
+            "error: data .*train.jsonl, line 1: no 'answer' for question 'a'; give each",
+        ),
+        ([QUESTION, {**QUESTION, "id": "b", "answer": " "}], "error: data .*train.jsonl, line 2: no 'answer' for"),
+        ([QUESTION, QUESTION], "error: data .*train.jsonl, lines 1 and 2: both have the id 'a'; give each"),
         ("{", "error: data .*train.jsonl, line 1: not JSON"),
         ([{**QUESTION, "image": "a.png"}], "error: image .*a.png: not a readable picture; expected PNG, JPEG or WebP"),
         ([{**QUESTION, "image": "no.png"}], "error: image .*no.png: no such file; its question names it"),
