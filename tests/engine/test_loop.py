@@ -1,6 +1,7 @@
 """One step of Algorithm 2 with real engines: labels, micro-batches, averages, checkpoints."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -182,6 +183,54 @@ def test_teacher_answers_are_imitated(job):
     from_teacher = torch.tensor([each["source"] != "student" for each in responses])[batch.response_index]
     assert gain[from_teacher].mean() > 0.1
     assert metrics[0]["reward/teacher_answer"] == 1.0 and metrics[0]["length/student"] <= 6
+
+
+def test_teachers_give_shares_by_weight(job):
+    make, questions = job
+    loop = make()
+    teachers = [{"name": "a", "path": "p", "weight": 1}, {"name": "b", "path": "p", "weight": 7}]
+    loop.config = Config.model_validate({**loop.config.model_dump(), "teachers": teachers})
+
+    def drawn() -> list[list[str]]:
+        return [[each["source"] for each in loop._teachers(step, 0, *questions[0])] for step in range(400)]
+
+    groups = drawn()
+    assert groups == drawn() and {len(group) for group in groups} == {4}
+    assert {group.count("a") for group in groups} == {0, 1}
+    assert sum(group.count("a") for group in groups) / 400 == pytest.approx(0.5, abs=0.1)
+
+
+def test_every_teacher_has_its_own_means(job):
+    make, questions = job
+    loop = make()
+    loop.saved = {
+        **loop.saved,
+        "b": {id: [{**some[0], "answer_reward": 0.0}] * 4 for id, some in loop.saved["b"].items()},
+    }
+    metrics, responses = loop.step(0, questions, PhaseTimer())
+    metrics = average(metrics)
+    for name, reward in (("a", 1.0), ("b", 0.0)):
+        some = [each for each in responses if each["source"] == name]
+        assert len(some) == 6 and metrics[f"reward/answer/{name}"] == reward
+        assert metrics[f"length/{name}"] == pytest.approx(sum(len(each["ids"]) for each in some) / 6)
+        assert metrics[f"advantage/{name}"] == pytest.approx(sum(each["advantage"] for each in some) / 6, abs=1e-6)
+    assert metrics["length/a"] != metrics["length/b"] and metrics["advantage/a"] > metrics["advantage/b"] + 0.5
+
+
+def test_an_empty_teacher_text_and_a_question_without_a_reference(job):
+    make, questions = job
+    loop = make()
+    texts = [("", False), ("", True), ("<|im_end|>", True), ("7", False)]
+    records = [{"source": "a", "text": text, "truncated": cut, "answer_reward": 0.0} for text, cut in texts]
+    loop.saved = {name: {row["id"]: records for _, row in questions} for name in "ab"}
+    asked = [(i, {**row, "answer": None}) for i, row in questions]
+    for step in range(3):
+        metrics, responses = loop.step(step, asked, PhaseTimer())
+        assert all(math.isfinite(value) for value in average(metrics).values())
+        assert all(each["ids"] for each in responses)
+        assert {each["answer_reward"] for each in responses} == {0.0}
+        empty = [each["ids"] for each in responses if each["source"] == "a" and each["text"] == ""]
+        assert all(ids == loop.encoder.eos_ids[:1] for ids in empty)
 
 
 def test_sft_on_saved_responses_is_the_gradient_of_their_log_prob(job):

@@ -198,6 +198,44 @@ def test_bad_data_is_one_line_and_a_failure(finished, ril, tmp_path, rows, messa
     assert "Traceback" not in err
 
 
+def test_a_run_goes_on_without_what_is_bad(finished, ril, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(finished[2]["data"], data)
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    texts = [
+        json.dumps({"id": row["id"], "text": form.format(row["answer"])}) + "\n"
+        for row in rows[:-1]
+        for form in ("{}", "{}.", "is {}", "is {}.")
+    ]
+    (tmp_path / "teacher.jsonl").write_text("".join(texts) + "{\n")
+    (data / "train.jsonl").write_text("".join(json.dumps({**row, "answer": None}) + "\n" for row in rows[:1]))
+    with (data / "train.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows[1:])
+    start = next(path for path in finished[1] if path.name.startswith("sft-"))
+    settings = [f"data.dir={data}", f"work_dir={tmp_path}", f"student.path={start}", "sft.steps=0"]
+    settings += [f"teachers=[{{name: elsewhere, responses: {tmp_path / 'teacher.jsonl'}}}]", "rl.algorithm=sft"]
+    settings += ["rl.steps=1", "evaluation.questions=2", "sampling.max_new_tokens=16"]
+
+    def train(*more: str) -> tuple[int, list[str], list[str]]:
+        sets = [part for each in (*settings, *more) for part in ("--set", each)]
+        code, out, err = ril("train", "--config", finished[0], *sets)
+        assert "Traceback" not in err
+        return code, out, [line for line in err.splitlines() if line.startswith(("error", "warning"))]
+
+    code, _, (line,) = train()
+    assert code == 2 and re.match(r"error: data .*train.jsonl, line 1: no 'answer' for question", line)
+    code, _, (line,) = train("answer_rewards=[]")
+    assert code == 2 and re.match(
+        r"error: teacher elsewhere, file .*teacher.jsonl: lines that are no object: 1 .*"
+        r"questions with fewer than 4 responses: 1 \(first: .* with 0\); mend the file",
+        line,
+    )
+    code, (line,), warnings = train("on_bad_data=skip")
+    assert code == 0 and [line.split(" ")[1] for line in warnings] == ["data", "teacher"]
+    samples = (Path(json.loads(line)["run_dir"]) / "samples.jsonl").read_text().splitlines()
+    assert {each["source"] for each in json.loads(samples[0])["responses"]} == {"elsewhere"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -104,6 +104,13 @@ def test_numbers_and_text(run):
     assert html.index("The answer is 12.") < html.index("From a teacher.")  # the student first
 
 
+def test_a_question_without_a_reference(run):
+    run_dir, data_dir = run(steps=1)
+    samples = run_dir / "samples.jsonl"
+    samples.write_text(samples.read_text().replace('"answer": "12"', '"answer": null'))
+    assert "Reference answer: none product train-1" in Page(write_report(run_dir, data_dir)).text
+
+
 def test_one_curve_per_panel_and_fewer_without_a_discriminator(run):
     run_dir, data_dir = run()
     html = write_report(run_dir, data_dir).read_text(encoding="utf-8")

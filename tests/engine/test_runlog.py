@@ -268,3 +268,11 @@ def test_accuracy_table_goes_to_stderr(capfd):
     accuracy_table(evaluation, evaluation)
     out, err = capfd.readouterr()
     assert out == "" and "all (sampled)" in err
+
+
+def test_a_warning_comes_once_and_from_rank_0(capsys, monkeypatch):
+    for _ in range(2):
+        runlog.warn("test: no such thing")
+    monkeypatch.setenv("RANK", "1")
+    runlog.warn("test: of another rank")
+    assert capsys.readouterr().err == "warning: test: no such thing\n"
