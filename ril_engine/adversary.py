@@ -232,7 +232,7 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
     training, held = by_question(responses, config.discriminator.validation_share)
     weights = {each.name: each.weight for each in config.teachers}
     module, tokenizer = new_discriminator(student, config.rl.packing, config.discriminator.temperature)
-    rates = settings.model_dump(exclude={"batch_size", "micro_batch_size", "validate_every", "patience"})
+    rates = settings.model_dump(exclude={"batch_size", "validate_every", "patience"})
     adversary = Adversary(config, module, tokenizer, Engine(module, config=config.deepspeed, **rates))
     held_out = HeldOut(adversary, held)
     looks = {*range(every, settings.steps, every), settings.steps}

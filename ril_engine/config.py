@@ -166,12 +166,11 @@ class FunctionConfig(Section):
 AnswerRewardConfig = Annotated[VerifierConfig | JudgeConfig | FunctionConfig, Field(discriminator="kind")]
 
 
-class TrainingConfig(Section):
-    """One supervised training: SFT of the student, of a tiny teacher, or D pre-training."""
+class SupervisedConfig(Section):
+    """What all trainings on labelled examples have."""
 
     steps: int = Field(700, ge=0, description="optimiser steps; 0 skips the stage")
     batch_size: Count = Field(48, description="examples per step over all ranks")
-    micro_batch_size: Count = Field(48, description="examples per forward and rank")
     learning_rate: Positive = Field(1e-5)
     final_learning_rate: float = Field(1e-6, ge=0, description="reached linearly, final_steps before the end")
     warmup_steps: int = Field(0, ge=0)
@@ -189,7 +188,13 @@ class TrainingConfig(Section):
         return self
 
 
-class PretrainConfig(TrainingConfig):
+class TrainingConfig(SupervisedConfig):
+    """SFT of the student or of a tiny teacher."""
+
+    micro_batch_size: Count = Field(48, description="examples per forward and rank")
+
+
+class PretrainConfig(SupervisedConfig):
     """D's training on the saved responses; the weights of the best held-out accuracy are kept."""
 
     validate_every: Count = Field(20, description="steps between looks at the held-out accuracy")
@@ -346,6 +351,8 @@ class Config(Section):
                 f"discriminator.max_accuracy has no effect with use {self.discriminator.use}: remove one of them"
             )
         names = [teacher.name for teacher in self.teachers]
+        if taken := {"student", "teacher"} & set(names):
+            raise ValueError(f"teachers: the name {taken.pop()!r} stands for a side in metrics; choose another one")
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
         if taken := sorted({"student", "teacher", "spread"} & set(names)):

@@ -16,12 +16,12 @@ import torch.distributed as dist
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config
 from ril_engine.engine import Engine
-from ril_engine.errors import UserError
+from ril_engine.errors import OutsideError, UserError
 from ril_engine.families import adapt, language_model
 from ril_engine.models import Encoder, load
 from ril_engine.packing import micro_batches
 from ril_engine.policy import Policy
-from ril_engine.rewards import answer_reward
+from ril_engine.rewards import AnswerRewards
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import PhaseTimer
 from ril_engine.teachers import divide, weights_of
@@ -55,6 +55,7 @@ class Loop:
             **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
         )
         self.engines = {"student": self.student}
+        self.rewards = AnswerRewards(config, config.work_dir / "judged" / f"rank-{self.rank}")
         self.sampler = rollout(model, self.encoder, config.sampling)  # on the device that the engine has moved it to
         self.adversary = None if d_path is None else Adversary.pretrained(config, start, d_path)
         if self.adversary is not None and self.adversary.engine is not None:
@@ -72,11 +73,10 @@ class Loop:
         responses = []
         for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
             for each in own:
-                reward = 0.0 if each.truncated or row["answer"] is None else answer_reward(each.text, row["answer"])
                 responses.append(
                     {"slot": slot, "row": row, "source": "student", "text": each.text, "ids": each.ids}
                     | {"truncated": each.truncated, "sampler_logprobs": each.sampler_logprobs}
-                    | {"answer_reward": reward, "prompt_tokens": self._prompt_tokens(row)}
+                    | {"prompt_tokens": self._prompt_tokens(row)}
                 )
             if config.rl.algorithm == "ril":
                 responses += self._teachers(step, slot, number, row)
@@ -98,6 +98,17 @@ class Loop:
                 record |= {"slot": slot, "row": row, "prompt_tokens": self._prompt_tokens(row)}
                 chosen.append({"ids": ids or self.encoder.eos_ids[:1], **record})
         return chosen
+
+    def judge(self, responses: list[dict]) -> None:
+        """The answer reward of the student's responses; the teachers' are stored."""
+        own = [each for each in responses if each["source"] == "student"]
+        rows, texts, truncated = ([each[name] for each in own] for name in ("row", "text", "truncated"))
+        try:
+            scores = self.rewards.score(rows, texts, truncated)
+        except UserError as error:
+            raise OutsideError(str(error)) from error
+        for each, score in zip(own, scores, strict=True):
+            each |= {"answer_reward": score.reward, "parts": score.parts, "unscored": score.unscored}
 
     def _prompt_tokens(self, row: dict) -> int:
         """Known where the response is made, so that no rank prepares the pictures of all."""
@@ -190,17 +201,19 @@ class Loop:
         self, step: int, questions: list[tuple[int, dict]], timer: PhaseTimer
     ) -> tuple[dict[str, Metric], list[dict]]:
         """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
-        with timer.phase("rollout"):
-            mine, error = [], None
-            try:
+        mine, error = [], None
+        try:
+            with timer.phase("rollout"):
                 mine = self.rollout(step, questions)
-            except UserError as caught:
-                error = type(caught), str(caught)
-            errors = [each for each in _of_all_ranks([error]) if each is not None]
-            if errors:  # on every rank, so that none waits for one that has left
-                kind, message = errors[0]
-                raise kind(f"step {step + 1}: {message}")
-            responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
+            with timer.phase("judge"):
+                self.judge(mine)
+        except UserError as caught:
+            error = type(caught), str(caught)
+        errors = [each for each in _of_all_ranks([error]) if each is not None]
+        if errors:  # on every rank, so that none waits for one that has left
+            kind, message = errors[0]
+            raise kind(f"step {step + 1}: {message}")
+        responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.adversary is not None:
             with timer.phase("discriminator"):
@@ -245,6 +258,11 @@ def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metr
         out[f"advantage/{name}"] = mean([each["advantage"] for each in some])
     own = [each for each in responses if each["source"] == "student"]
     out["truncated"] = mean([float(each["truncated"]) for each in own])
+    if own:
+        out["reward/unscored"] = mean([float(each["unscored"] > 0) for each in own])
+        parts = own[0]["parts"]
+        for name in parts if len(parts) > 1 else ():
+            out[f"reward/student/{name}"] = mean([each["parts"][name] for each in own])
     return out
 
 

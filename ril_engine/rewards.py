@@ -15,7 +15,6 @@ import inspect
 import json
 import math
 import os
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,19 +24,8 @@ from ril_engine.errors import UserError
 from ril_engine.runlog import read_jsonl
 from ril_engine.verifier import verify
 
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-WORD = re.compile(r"[A-Za-z]+")
 ARGUMENTS = ("question", "questions", "references", "responses")  # never columns
 SIGNATURES = "(questions, references, responses, **columns) or TRL's (prompts, completions, **columns)"
-
-
-def answer_reward(response: str, answer: str) -> float:
-    """1.0 where the response's last number (or last word, for an answer in words) equals the answer, else 0.0."""
-    if NUMBER.fullmatch(answer):
-        found = NUMBER.findall(response)
-        return float(bool(found) and float(found[-1]) == float(answer))
-    found = WORD.findall(response)
-    return float(bool(found) and found[-1].lower() == answer.lower())
 
 
 class Score(NamedTuple):

@@ -88,6 +88,43 @@ def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
     assert answers[0] == answers[1] and answers[0].count("greedy_text") == 9
 
 
+JUDGE = """
+import pathlib, re
+
+def last_digit(questions, references, responses, **columns):
+    seen = pathlib.Path(__file__).with_name("calls")
+    calls = int(seen.read_text()) + 1 if seen.exists() else 1
+    seen.write_text(str(calls))
+    if calls == FAILS:
+        raise ConnectionError("the judge is gone")
+    return [float(each[-1:].isdigit()) if each else None for each in responses]
+"""
+
+
+@pytest.mark.distributed
+def test_a_judge_that_fails_loses_no_step(finished, tmp_path, monkeypatch):
+    """The first call scores no teacher here, since Dr.GRPO has none: the third call is step 3."""
+    config = tmp_path / "config.yaml"
+    settings = SETTINGS.format(work_dir=finished[0].parent / "runs").replace("rl: {steps: 2", "rl: {steps: 4")
+    config.write_text(settings.replace("save_every: 1", "save_every: 0, algorithm: dr_grpo"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    rewards = "answer_rewards=[{kind: verifier}, {kind: function, function: 'my_judge:last_digit', weight: 0.5}]"
+    (tmp_path / "my_judge.py").write_text(JUDGE.replace("FAILS", "0"))
+    whole = last_json(run("--config", config, "--set", rewards))
+    (tmp_path / "calls").unlink()
+    (tmp_path / "my_judge.py").write_text(JUDGE.replace("FAILS", "3"))
+    failed = run("--config", config, "--set", rewards)
+    assert failed.returncode != 0
+    (message,) = (line for line in failed.stderr.splitlines() if line.startswith("error: "))
+    found = re.match(
+        r"error: step 3: .*my_judge:last_digit.*the judge is gone.*; the 2 steps .*: --resume (\S+) goes", message
+    )
+    assert found, message
+    resumed = last_json(run("--resume", found[1]))
+    assert metrics(resumed) == metrics(whole) and len(metrics(whole)) == 4
+    assert {"reward/student/verifier", "reward/student/last_digit", "reward/unscored"} <= set(metrics(whole)[0])
+
+
 @pytest.mark.distributed
 def test_what_a_run_leaves(finished):
     from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -10,7 +10,6 @@ from ril_engine.config import DigitsConfig, ModelConfig
 from ril_engine.errors import UserError
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
-from ril_engine.rewards import answer_reward
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +72,3 @@ def test_bad_input_is_named(task, family, tmp_path):
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"no config\.json in this folder"):
         load(ModelConfig(path=str(tmp_path)))
-
-
-@pytest.mark.parametrize(
-    ("response", "answer", "reward"),
-    [
-        ("56", "56", 1),
-        ("I see 7 and 8. 7*8=56. The answer is 56.", "56", 1),
-        ("56 or 57", "56", 0),
-        ("so it is odd.", "odd", 1),
-        ("Odd", "odd", 1),
-        ("odd or even", "odd", 0),
-        ("", "7", 0),
-        ("seven", "7", 0),
-        ("-7", "7", 0),
-        ("7.0", "7", 1),
-    ],
-)
-def test_answer_reward(response, answer, reward):
-    assert answer_reward(response, answer) == reward
