@@ -52,7 +52,7 @@ _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9
 NUMBER = re.compile(
     rf"""
     (?<![A-Za-z0-9_^{{√/]) (?<![0-9][.:,])         # not within a word, exponent, root, fraction, time or list
-    (?P<sign> (?:(?<![)\]}}%])[-+])? ) (?P<currency>\\?[$€£¥])? (?P<inner>[-+]?)
+    (?P<sign> (?:(?<![)\]}}%])[-+])? ) (?: (?P<currency>\\?[$€£¥]) (?P<inner>[-+]?) )?
     (?: 10\^(?P<power>[-+]?[0-9]{{1,3}})
       | (?P<whole>[0-9]+)[ ](?P<top>[0-9]+)/(?P<bottom>[0-9]+)
       | (?P<number>{_DECIMAL}) (?:[ ]?/[ ]?(?P<divisor>{_DECIMAL}))?

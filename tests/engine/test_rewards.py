@@ -10,8 +10,8 @@ from ril_engine.errors import UserError
 from ril_engine.rewards import AnswerRewards, Cached, Score, verdict_settings
 
 ROWS = [
-    {"id": "a", "question": "What is 2+3?", "answer": "5", "kind": "sum"},
-    {"id": "b", "question": "What is 2*3?", "answer": "6", "image": "b.png", "kind": "product"},
+    {"id": "a", "question": "What is 2+3?", "answer": "5", "image": "a.png", "kind": "sum"},
+    {"id": "b", "question": "What is 2*3?", "answer": "6", "kind": "product"},
     {"id": "c", "question": "Odd or even: 7?", "answer": "odd", "kind": "word"},
 ]
 RESPONSES = ["The answer is 5.", "It is 7.", "odd"]
