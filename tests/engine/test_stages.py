@@ -20,7 +20,7 @@ def test_d_needs_responses_of_both_sides_in_both_parts(tmp_path):
     for source in ("student", "a"):
         files[source] = tmp_path / f"{source}.jsonl"
         files[source].write_text(json.dumps({"id": "q1", "text": "7"}) + "\n")
-    with pytest.raises(UserError, match=r"no question in training has saved .*; raise responses.questions or set"):
+    with pytest.raises(UserError, match=r"no question in its held-out part has .*; raise responses.questions or set"):
         stages.discriminator(config(tmp_path), "tiny:student", files, "key")
 
 
