@@ -134,6 +134,8 @@ def test_packings_give_the_same_curves(job):
     settings = {"steps": 20, "micro_batch_tokens": 700}
     first = make(**settings)
     recorded = [first.rollout(step, questions[step % 2 :][:2]) for step in range(20)]
+    for responses in recorded:
+        first.judge(responses)
     curves = {}
     for packing in ("padded", "packed", "shared"):
         loop = make(packing=packing, **settings)
@@ -154,6 +156,7 @@ def test_d_learns_that_the_student_is_1_and_pays_for_teacher_text(job):
     make, questions = job
     loop = make()
     responses = loop.rollout(0, questions)
+    loop.judge(responses)
     assert [each["source"] == "student" for each in responses] == ([True] * 4 + [False] * 4) * 3
     for _ in range(15):
         metrics = loop.adversary.update(responses)
