@@ -46,6 +46,7 @@ CODE = (
     "teacher_scores",
     "teachers",
     "tiny_models",
+    "verifier",
 )
 
 

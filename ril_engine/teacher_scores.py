@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ril_engine.config import AnswerRewardConfig, Config, FunctionConfig
+from ril_engine.config import AnswerRewardConfig, Config, FunctionConfig, JudgeConfig
 from ril_engine.questions import read_jsonl, training_questions
-from ril_engine.rewards import AnswerRewards, Score
+from ril_engine.rewards import AnswerRewards, Score, verdict_settings
 from ril_engine.runlog import progress, warn
 from ril_engine.stages import is_main, key_of, stage, together
 
@@ -72,9 +72,9 @@ def _scores(config: Config, source: str, file: Path, responses: list[dict], rows
 
 def _decisive(reward: AnswerRewardConfig) -> dict:
     """What a score depends on: not where, how fast and how patiently a judge is asked, but a function's source."""
-    settings = reward.model_dump(mode="json", exclude={"on_failure", "micro_batch_tokens"})
-    if settings.get("server"):
-        settings["server"] = reward.server.model
+    if isinstance(reward, JudgeConfig):
+        return verdict_settings(reward) | {"weight": reward.weight}
+    settings = reward.model_dump()
     if isinstance(reward, FunctionConfig):
         settings["source"] = _source(reward.function.partition(":")[0])
     return settings
