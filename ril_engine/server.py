@@ -107,13 +107,22 @@ def _line(key: Key, answer: Answer) -> str:
     return json.dumps({"key": key, **answer._asdict()}) + "\n"
 
 
-def ask(server: ServerConfig, requests: Iterable[tuple[Key, dict]], on_result: Callable[[Key, Answer], None]) -> None:
+def ask(
+    server: ServerConfig,
+    requests: Iterable[tuple[Key, dict]],
+    on_result: Callable[[Key, Answer], None],
+    on_failure: Callable[[Key, str], None] | None = None,
+) -> None:
     """Call `on_result` with the answer to each request as it comes; `requests` is read no faster than it is asked.
+
+    Args:
+        on_failure: told of each request without an answer, and why, in place of an error; a server that answers none
+            any more is asked no further.
 
     Raises:
         UserError: the server refuses a request, answers none any more, or, after all others, left some unanswered.
     """
-    asyncio.run(_ask(server, _secret(server), enumerate(requests), on_result))
+    asyncio.run(_ask(server, _secret(server), enumerate(requests), on_result, on_failure))
 
 
 def _secret(server: ServerConfig) -> str | None:
@@ -128,7 +137,9 @@ def _secret(server: ServerConfig) -> str | None:
     return secret
 
 
-async def _ask(server: ServerConfig, secret: str | None, requests: Iterator, on_result: Callable) -> None:
+async def _ask(
+    server: ServerConfig, secret: str | None, requests: Iterator, on_result: Callable, on_failure: Callable | None
+) -> None:
     stop = asyncio.Event()
     failed: dict[int, tuple[Key, str]] = {}
     asked = in_a_row = 0
@@ -142,7 +153,11 @@ async def _ask(server: ServerConfig, secret: str | None, requests: Iterator, on_
             except _Failed as error:
                 failed[number] = key, str(error)
                 in_a_row += 1
-                if in_a_row == FAILED_IN_A_ROW * server.concurrency:
+                if on_failure is not None:
+                    on_failure(key, str(error))
+                if in_a_row == FAILED_IN_A_ROW * server.concurrency and on_failure is not None:
+                    stop.set()
+                elif in_a_row == FAILED_IN_A_ROW * server.concurrency:
                     raise UserError(
                         f"server {server.url}: {in_a_row} requests failed one after another, the last with: {error}; "
                         "see to the server and start again: what was answered is kept"
@@ -166,7 +181,7 @@ async def _ask(server: ServerConfig, secret: str | None, requests: Iterator, on_
     for error in [worker.exception() for worker in workers]:
         if error is not None:
             raise error
-    if failed:
+    if failed and on_failure is None:
         key, reason = failed[min(failed)]
         raise UserError(
             f"server {server.url}: {len(failed)} of {asked} responses are missing, the first, {key}, because of: "

@@ -1,7 +1,8 @@
 """Tiny checkpoints of real Hugging Face classes for the digits task, saved like any other checkpoint.
 
 "tiny:student" and "tiny:qwen_teacher" are Qwen2.5-VL with one tokenizer, "tiny:internvl_teacher" is InternVL with
-another. They hold random weights; SFT teaches them. Nothing is downloaded.
+another, "tiny:judge" is Qwen2, which reads text only. They hold random weights; training teaches them. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ RECIPES = {
     "student": ("qwen2_5_vl", 96, 3, None),
     "qwen_teacher": ("qwen2_5_vl", 128, 4, "sentences"),
     "internvl_teacher": ("internvl", 128, 4, "clauses"),
+    "judge": ("qwen2", 96, 3, None),
 }
 HEAD_SIZE = 32
 INITIALIZER_RANGE = 0.08  # of the order of 1/sqrt(hidden); the usual 0.02 is for hidden sizes in the thousands
@@ -53,11 +55,11 @@ def build(folder: Path, path: str, extra_text: list[str], seed: int) -> None:
     import torch
 
     family, hidden, layers, _ = recipe(path)
-    make = {"qwen2_5_vl": _qwen2_5_vl, "internvl": _internvl}[family]
+    make = {"qwen2_5_vl": _qwen2_5_vl, "internvl": _internvl, "qwen2": _qwen2}[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, processor = make(hidden, layers, digits.corpus() + extra_text * 20)
-    tokenizer = processor.tokenizer
+    tokenizer = getattr(processor, "tokenizer", processor)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
@@ -96,22 +98,14 @@ def _text_config(hidden: int, layers: int, vocabulary: int, tokenizer) -> dict:
     }
 
 
-def _qwen2_5_vl(hidden: int, layers: int, corpus: list[str]):
+def _qwen_tokenizer(corpus: list[str], vocab_size: int, specials: list[str]):
     import json
 
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2Tokenizer,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import Qwen2Tokenizer
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    trained = json.loads(_bpe(corpus, 512, PRETOKENIZE_REGEX).to_str())["model"]
-    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    tokenizer = Qwen2Tokenizer(
+    trained = json.loads(_bpe(corpus, vocab_size, PRETOKENIZE_REGEX).to_str())["model"]
+    return Qwen2Tokenizer(
         vocab=trained["vocab"],
         merges=[tuple(merge) for merge in trained["merges"]],
         eos_token="<|im_end|>",
@@ -119,6 +113,30 @@ def _qwen2_5_vl(hidden: int, layers: int, corpus: list[str]):
         unk_token=None,
         extra_special_tokens=specials,
     )
+
+
+def _qwen2(hidden: int, layers: int, corpus: list[str]):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = _qwen_tokenizer(corpus, 768, ["<|im_start|>"])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    settings = _text_config(hidden, layers, -(-len(tokenizer) // 16) * 16, tokenizer)
+    # The published theta is for contexts of thousands of tokens: most frequencies would hardly turn within a prompt.
+    rope = {"rope_type": "default", "rope_theta": 100.0}
+    return Qwen2ForCausalLM(Qwen2Config(**settings, rope_parameters=rope, tie_word_embeddings=True)), tokenizer
+
+
+def _qwen2_5_vl(hidden: int, layers: int, corpus: list[str]):
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    specials = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    tokenizer = _qwen_tokenizer(corpus, 512, specials)
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in specials}
     config = Qwen2_5_VLConfig(
         text_config={

@@ -10,9 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from email.utils import formatdate
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -30,88 +28,11 @@ def completion(text, finish_reason="stop") -> bytes:
     return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish_reason}]}).encode()
 
 
-class Loopback(ThreadingHTTPServer):
-    """`behave(handler, seed, attempt)` answers; the seed of a request's body tells which one it is."""
-
-    daemon_threads = True
-    request_queue_size = 64
-
-    def __init__(self, behave):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.lock = behave, threading.Lock()
-        self.attempts: Counter = Counter()
-        self.bodies: list[dict] = []
-        self.headers: list[dict] = []
-        self.times: dict[int, list[float]] = {}
-        self.under_way = self.most_under_way = 0
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
-
-    def handle_error(self, *_):
-        pass  # a client that was killed or lost patience
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        seen, seed = self.server, body["seed"]
-        with seen.lock:
-            seen.attempts[seed] += 1
-            seen.bodies.append(body)
-            seen.headers.append({**self.headers, "path": self.path})
-            seen.times.setdefault(seed, []).append(time.monotonic())
-            seen.under_way += 1
-            seen.most_under_way = max(seen.most_under_way, seen.under_way)
-            attempt = seen.attempts[seed]
-        try:
-            seen.behave(self, seed, attempt)
-        finally:
-            with seen.lock:
-                seen.under_way -= 1
-
-    def answer(self, body: bytes, status: int = 200, length: int | None = None, **headers: str):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body) if length is None else length))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(body)
-        self.wfile.flush()
-
-    def drop(self):
-        self.close_connection = True
-        self.connection.close()
-
-
 def echo(handler, seed, attempt):
     handler.answer(completion(f"text {seed}"))
 
 
-@pytest.fixture
-def loopback(monkeypatch):
-    """Start a server with a behaviour; pauses between attempts are short."""
-    monkeypatch.setattr(backend, "BACKOFF_S", 0.01)
-    monkeypatch.setattr(backend, "MAX_BACKOFF_S", 1.5)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    started = []
-
-    def start(behave=echo) -> Loopback:
-        started.append(Loopback(behave))
-        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-        return started[-1]
-
-    yield start
-    for each in started:
-        each.shutdown()
-        each.server_close()
-
-
-def ask(server: Loopback, count: int, **settings) -> dict:
+def ask(server, count: int, **settings) -> dict:
     """What `ask` obtains for requests 0 to count - 1, each of them once."""
     config = ServerConfig(url=server.url, model="m", **{"concurrency": 4, "timeout_s": 60, **settings})
     got = {}
@@ -252,7 +173,7 @@ def test_pauses_grow(loopback, monkeypatch):
 )
 def test_a_refusal_ends_it_at_once(loopback, monkeypatch, status, body, message):
     monkeypatch.setenv("SOME_KEY", SECRET)
-    elsewhere = loopback()
+    elsewhere = loopback(echo)
     answer = json.dumps(body).encode()
     server = loopback(lambda handler, *_: handler.answer(answer, status, Location=elsewhere.url + "/chat/completions"))
     with pytest.raises(UserError, match=rf"^server {server.url}: {message}") as caught:
@@ -296,7 +217,7 @@ def test_a_server_that_is_gone_is_not_asked_forever(loopback):
 
 
 def test_nobody_listens(loopback):
-    server = loopback()
+    server = loopback(echo)
     server.shutdown()
     server.server_close()
     with pytest.raises(UserError, match=r"2 of 2 responses are missing.*ConnectError"):
@@ -308,7 +229,7 @@ def test_the_key_comes_from_the_environment(loopback, monkeypatch, value, got):
     monkeypatch.delenv("SOME_KEY", raising=False)
     if value:
         monkeypatch.setenv("SOME_KEY", value)
-    server = loopback()
+    server = loopback(echo)
     with pytest.raises(UserError, match=f"api_key_env names is {got}; export the API key in it"):
         ask(server, 1, api_key_env="SOME_KEY")
     assert not server.bodies
@@ -336,7 +257,7 @@ def test_an_error_of_the_caller_passes_through(loopback):
         yield (0,), {"seed": 0}
         raise UserError("image no.png: no such file")
 
-    server, got = loopback(), {}
+    server, got = loopback(echo), {}
     with pytest.raises(UserError, match="no such file"):
         backend.ask(ServerConfig(url=server.url, model="m"), requests(), got.__setitem__)
     assert list(got) == [(0,)]
@@ -440,7 +361,7 @@ def test_a_killed_process_goes_on_and_pays_for_none_twice(loopback, tmp_path):
 def served(tmp_path):
     """A job whose only teacher is behind `server`, its data folder and key."""
 
-    def make(server: Loopback, **changes):
+    def make(server, **changes):
         settings = {
             "work_dir": tmp_path / "runs",
             "teachers": [{"name": "a", "server": {"url": server.url, "model": "big", "concurrency": 4, **changes}}],
@@ -504,7 +425,7 @@ def test_the_stage_from_end_to_end(loopback, served):
 
 
 def test_another_sampling_or_model_asks_anew(loopback, served):
-    server = loopback()
+    server = loopback(echo)
     config, data_dir, data_key = served(server)
     paths = {saved_responses.served_responses(config, config.teachers[0], data_dir, data_key)}
     for settings, same in (
@@ -520,7 +441,7 @@ def test_another_sampling_or_model_asks_anew(loopback, served):
 
 
 def test_a_picture_outside_the_data_folder_is_not_sent(loopback, served, tmp_path):
-    server = loopback()
+    server = loopback(echo)
     config, *_ = served(server)
     (tmp_path / "train.jsonl").write_text(json.dumps({"id": "q", "question": "?", "answer": "1", "image": "../a.png"}))
     with pytest.raises(UserError, match=r"image '../a.png': outside the dataset folder"):

@@ -1,0 +1,92 @@
+"""An HTTP server on loopback, which tests make behave like any OpenAI-compatible one, or misbehave."""
+
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from ril_engine import server as backend
+
+
+class Loopback(ThreadingHTTPServer):
+    """`behave(handler, seed, attempt)` answers; a body's seed, or handler.body, tells which request it is."""
+
+    daemon_threads = True
+    request_queue_size = 64
+
+    def __init__(self, behave):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.behave, self.lock = behave, threading.Lock()
+        self.attempts: Counter = Counter()
+        self.bodies: list[dict] = []
+        self.headers: list[dict] = []
+        self.times: dict[int, list[float]] = {}
+        self.under_way = self.most_under_way = 0
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+
+    def handle_error(self, *_):
+        pass  # a client that was killed or lost patience
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def log_message(self, *_):
+        pass
+
+    def do_POST(self):
+        self.body = body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        seen, seed = self.server, body["seed"]
+        with seen.lock:
+            seen.attempts[seed] += 1
+            seen.bodies.append(body)
+            seen.headers.append({**self.headers, "path": self.path})
+            seen.times.setdefault(seed, []).append(time.monotonic())
+            seen.under_way += 1
+            seen.most_under_way = max(seen.most_under_way, seen.under_way)
+            attempt = seen.attempts[seed]
+        try:
+            seen.behave(self, seed, attempt)
+        finally:
+            with seen.lock:
+                seen.under_way -= 1
+
+    def answer(self, body: bytes, status: int = 200, length: int | None = None, **headers: str):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+        self.wfile.flush()
+
+    def complete(self, text: str, finish_reason: str = "stop"):
+        self.answer(json.dumps({"choices": [{"message": {"content": text}, "finish_reason": finish_reason}]}).encode())
+
+    def drop(self):
+        self.close_connection = True
+        self.connection.close()
+
+
+@pytest.fixture
+def loopback(monkeypatch) -> Iterator[Callable[..., Loopback]]:
+    """Start a server with a behaviour; pauses between attempts are short."""
+    monkeypatch.setattr(backend, "BACKOFF_S", 0.01)
+    monkeypatch.setattr(backend, "MAX_BACKOFF_S", 1.5)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    started = []
+
+    def start(behave: Callable) -> Loopback:
+        started.append(Loopback(behave))
+        threading.Thread(target=started[-1].serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.shutdown()
+        each.server_close()
