@@ -35,6 +35,8 @@ CODE = (
     "engine",
     "families",
     "health",
+    "judge",
+    "local_judge",
     "models",
     "packing",
     "policy",
@@ -45,6 +47,7 @@ CODE = (
     "stages",
     "teacher_scores",
     "teachers",
+    "tiny_judge",
     "tiny_models",
     "verifier",
 )

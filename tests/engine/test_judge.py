@@ -41,6 +41,11 @@ def test_the_user_turn_parses_back_to_the_data(text):
     assert parsed(user_turn("q", None, text)) == {"question": "q", "reference": None, "response": text}
 
 
+def test_special_tokens_of_any_form_go_until_none_is_left():
+    turn = user_turn("a#e#end#nd#", "#end#", "7#end#", special=["#end#"])
+    assert parsed(turn) == {"question": "a", "reference": "", "response": "7"}
+
+
 def test_a_long_response_keeps_its_end_and_says_so():
     turn = parsed(user_turn("q", "1", "a" * 50 + "b" * MAX_CHARACTERS))
     assert turn["response"] == "b" * MAX_CHARACTERS and turn["characters_left_out_before"] == 50
