@@ -14,9 +14,8 @@ from torch import Tensor
 
 from benchmarks import attention_cases, packing_cases, rollout_cases
 from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
-from benchmarks.peers import logprob_peers, loss_peers, sampling_peers
+from benchmarks.peers import discriminator_peers, logprob_peers, loss_peers, sampling_peers
 from ril_kernels import discriminator_head, group_advantages, policy_loss, sample, token_bits, token_logprob
-from ril_kernels.discriminator_head.reference import discriminator_head_reference
 from ril_kernels.policy_loss.reference import group_advantages_reference
 from ril_kernels.sampling.reference import sample_reference
 from ril_kernels.token_logprob.reference import token_logprob_reference
@@ -174,26 +173,34 @@ def group_advantages_case(responses: int, device: str) -> Case:
     )
 
 
-def discriminator_head_case(tokens: int, responses: int, hidden: int, dtype: torch.dtype, device: str) -> Case:
+def discriminator_head_case(responses: int, hidden: int, dtype: torch.dtype, device: str) -> Case:
+    """The final RMSNorm, the score and the loss of D at the last of 32 tokens per response."""
     generator = torch.Generator().manual_seed(0)
+    tokens = RESPONSE_LENGTH * responses
     inputs = {
         "hidden": torch.randn(tokens, hidden, generator=generator).to(device, dtype),
-        "last_index": torch.randperm(tokens, generator=generator)[:responses].sort().values.to(device),
+        "last_index": torch.arange(RESPONSE_LENGTH - 1, tokens, RESPONSE_LENGTH, device=device),
         "weight": (torch.randn(1, hidden, generator=generator) / hidden**0.5).to(device, dtype),
         "bias": torch.zeros(1, device=device, dtype=dtype),
+        "norm_weight": torch.ones(hidden, device=device, dtype=dtype),
+        "labels": torch.arange(responses, device=device) % 2 == 0,
+        "norm": float(responses),
     }
     states, rows = inputs["hidden"], inputs["hidden"][:responses]
     return Case(
         "discriminator_head",
         f"discriminator_head T={tokens} N={responses} H={hidden}",
         inputs,
-        {BASELINE: discriminator_head_reference, "ril_kernels": discriminator_head},
-        {BOTH: [lambda: (rows.clone(), torch.zeros_like(states))]},
-        "a copy of the N rows, T rows of zeros for d(hidden)",
-        {BOTH: 4 * responses * hidden},
+        {
+            BASELINE: lambda **inputs: discriminator_head(**inputs, final_norm="rms", backend="reference").loss,
+            "ril_kernels": lambda **inputs: discriminator_head(**inputs, final_norm="rms").loss,
+            **discriminator_peers(device),
+        },
+        {NO_GRAD: [rows.clone], BOTH: [lambda: (rows.clone(), torch.zeros_like(states))]},
+        "a copy of the N rows; T rows of zeros for d(hidden) with the gradient",
+        {NO_GRAD: 2 * responses * hidden, BOTH: 4 * responses * hidden},
         num_bytes=(responses + tokens) * hidden * states.element_size(),
-        grad=("hidden", "weight"),
-        no_grad=False,
+        grad=("hidden", "weight", "bias", "norm_weight"),
     )
 
 
@@ -248,8 +255,10 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
     if device == "cpu":
         for num in (64, 65_536):
             cases.append(("group_advantages", f"N={num}", partial(group_advantages_case, num, device)))
-    size = (8192, 64, 2048) if device == "cuda" else (4096, 64, 96)
-    cases.append(("discriminator_head", f"T={size[0]}", partial(discriminator_head_case, *size, dtype, device)))
+    for hidden in (896, 2048):
+        for num in (1, 16, 128, 1024, 4096):
+            shape = (num, hidden, dtype, device)
+            cases.append(("discriminator_head", f"N={num} H={hidden}", partial(discriminator_head_case, *shape)))
     rows = 64 if device == "cuda" or full else 8
     for name in SAMPLING:
         cases.append(("sampling", name, partial(sampling_case, name, rows, MODELS["Qwen2.5-VL-3B"][1], dtype, device)))

@@ -17,28 +17,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 import ril_kernels
+from ril_kernels.discriminator_head.fused import NORMS
 from ril_kernels.policy_loss.reference import ADVANTAGE_KINDS
 
 TARGETS = (80, 90, 100)  # compute capability: A100, H100, B200
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-# The type of each argument, by name; LOGITS is compiled for every dtype. Pointers are divisible by 16, as PyTorch's
+# The type of each argument, by name; VALUES are compiled for every dtype. Pointers are divisible by 16, as PyTorch's
 # allocator gives them.
-LOGITS = "*logits"
+VALUES = "*values"
 ARGUMENTS = {
-    "logits": LOGITS,
+    **dict.fromkeys(("logits", "hidden", "weight", "bias", "norm_weight", "norm_bias"), VALUES),
+    **dict.fromkeys(("grad_hidden", "grad_weight", "grad_bias", "grad_norm_weight", "grad_norm_bias"), VALUES),
     **dict.fromkeys(("temperature", "logprob", "entropy", "grad_logprob", "grad_entropy"), "*fp32"),
-    **dict.fromkeys(("rewards", "advantages"), "*fp32"),
-    **dict.fromkeys(("target", "groups", "seed", "question", "sample_number", "position", "token"), "*i64"),
+    **dict.fromkeys(("rewards", "advantages", "labels", "label_weights", "logit", "score", "reward"), "*fp32"),
+    **dict.fromkeys(("loss", "row_loss", "stats", "grad_logit", "grad_loss"), "*fp32"),
+    **dict.fromkeys(
+        ("last_index", "target", "groups", "seed", "question", "sample_number", "position", "token"), "*i64"
+    ),
     **dict.fromkeys(("policy_logprob", "sampling_logprob"), "*fp32"),
-    **dict.fromkeys(("banned", "seen", "ids"), "*i32"),
+    **dict.fromkeys(("banned", "seen", "ids", "finished"), "*i32"),
     "lse": "*fp64",
-    **dict.fromkeys(("softcap", "tau", "rate", "penalty"), "fp32"),
+    **dict.fromkeys(("softcap", "tau", "rate", "penalty", "eps", "smoothing", "denominator"), "fp32"),
     "top_p": "fp64",
     "stride": "i64",
-    **dict.fromkeys(("num_vocab", "num_responses", "top_k", "flags"), "i32"),
+    **dict.fromkeys(("num_vocab", "num_hidden", "num_responses", "top_k", "flags"), "i32"),
 }
 # The values that a launcher passes for a constant; for any other it passes its module's constant of that name.
-CHOICES = {"CAPPED": (False, True), "PADDED": (True, False), "KIND": ADVANTAGE_KINDS}
+CHOICES = {"CAPPED": (False, True), "PADDED": (True, False), "KIND": ADVANTAGE_KINDS, "NORM": NORMS}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -58,8 +63,9 @@ class Form:
     def compile(self, target: int) -> CompiledKernel:
         names = self.kernel.arg_names
         types = {name: "constexpr" if name in self.constants else ARGUMENTS[name] for name in names}
-        types = {name: f"*{DTYPES[self.dtype]}" if each == LOGITS else each for name, each in types.items()}
-        aligned = [name for name, each in types.items() if each[0] == "*" or (name == "stride" and self.padded)]
+        types = {name: f"*{DTYPES[self.dtype]}" if each == VALUES else each for name, each in types.items()}
+        wide = ("stride", "num_hidden") if self.padded else ()
+        aligned = [name for name, each in types.items() if each[0] == "*" or name in wide]
         source = ASTSource(
             self.kernel,
             types,
@@ -70,7 +76,8 @@ class Form:
 
     @property
     def padded(self) -> bool:
-        return bool(self.constants.get("PADDED"))
+        """Whether rows begin and end at a multiple of 16 elements, as every model's hidden states do."""
+        return bool(self.constants.get("PADDED", "num_hidden" in self.kernel.arg_names))
 
 
 def forms() -> Iterator[Form]:
@@ -84,7 +91,8 @@ def forms() -> Iterator[Form]:
                 continue
             constants = [each for each in kernel.arg_names if each not in ARGUMENTS]
             values = [CHOICES[each] if each in CHOICES else (getattr(module, each),) for each in constants]
-            dtypes = DTYPES if "logits" in kernel.arg_names else ("float32",)
+            varies = any(ARGUMENTS.get(each) == VALUES for each in kernel.arg_names)
+            dtypes = DTYPES if varies else ("float32",)
             for dtype, *chosen in itertools.product(dtypes, *values):
                 yield Form(kernel, dtype, dict(zip(constants, chosen, strict=True)), module.NUM_WARPS)
 

@@ -1,4 +1,4 @@
-"""token_logprob, policy_loss and sample as other libraries have them, each where it is installed and applies.
+"""The ops as PyTorch and other libraries have them, each where it is installed and applies.
 
 T packed tokens, H hidden, V vocabulary, N responses of L tokens each (so that padded peers pad nothing).
 """
@@ -77,6 +77,12 @@ def loss_peers(device: str) -> dict[str, Callable[..., Tensor]]:
     return peers
 
 
+def discriminator_peers(device: str) -> dict[str, Callable[..., Tensor]]:
+    """The arguments of discriminator_head with final_norm="rms" -> its loss, by PyTorch's own norm, linear and loss."""
+    compiled = torch.compile(_eager_discriminator_loss, dynamic=device == "cpu")
+    return {"eager F.rms_norm": _eager_discriminator_loss, "torch.compile(eager)": compiled}
+
+
 def sampling_peers(
     eager: Callable[..., Tensor],  # logits (B, V) -> both log-probs (2, B), by the definition
     prompts: Tensor,  # (B, P)
@@ -124,6 +130,13 @@ def _eager_logprob(hidden: Tensor, lm_head: Tensor, target: Tensor) -> Tensor:
 def _eager_loss(hidden: Tensor, lm_head: Tensor, target: Tensor, terms: TokenTerms, settings: LossSettings) -> Tensor:
     policy, entropy = token_logprob_reference(hidden, lm_head, target)
     return policy_terms(policy, entropy, terms, settings)[0]
+
+
+def _eager_discriminator_loss(hidden: Tensor, last_index: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
+                              labels: Tensor, norm: float) -> Tensor:  # fmt: skip
+    states = F.rms_norm(hidden[last_index], hidden.shape[1:], norm_weight, 1e-6)
+    logits = F.linear(states, weight, bias)[:, 0].float()
+    return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="sum") / norm
 
 
 def _terms(

@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
     def forward(self, inputs: dict[str, Tensor], last: Tensor) -> Tensor:  # last: (N,) rows of the flat states -> (N,)
         with only_rows(self.language_model.norm, last):
             states = self.language_model(**inputs, use_cache=False).last_hidden_state
-        logits = discriminator_head(states, torch.arange(len(last)), self.score.weight, self.score.bias)
+        logits = discriminator_head(states, torch.arange(len(last)), self.score.weight, self.score.bias).logits
         return logits / self.temperature
 
 

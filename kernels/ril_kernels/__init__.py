@@ -4,6 +4,7 @@ A function's room (the folder of its name) holds every form of it side by side; 
 """
 
 from ril_kernels.discriminator_head.op import discriminator_head, discriminator_loss, similarity_reward
+from ril_kernels.discriminator_head.reference import DiscriminatorOutput
 from ril_kernels.policy_loss.advantages import group_advantages
 from ril_kernels.policy_loss.op import policy_loss
 from ril_kernels.prefix_attention.layout import PackLayout
@@ -12,6 +13,7 @@ from ril_kernels.sampling.op import Sample, sample, token_bits
 from ril_kernels.token_logprob.op import token_logprob
 
 __all__ = [
+    "DiscriminatorOutput",
     "PackLayout",
     "Sample",
     "discriminator_head",

@@ -46,7 +46,7 @@ def check_number(argument: str, value: object, remedy: str, *, low: float = 0.0,
     bound = f"a finite number {'above' if low_open else 'of at least'} {low:g}"
     if isinstance(value, bool) or not isinstance(value, int | float):
         refuse(argument, type(value).__name__, bound, remedy, error=TypeError)
-    if not math.isfinite(value) or value < low or (low_open and value == low):
+    if not low <= value < math.inf or (low_open and value == low):  # refuses NaN; torch.compile traces no isfinite
         refuse(argument, value, bound, remedy)
 
 
@@ -59,7 +59,7 @@ def check_index_range(argument: str, values: Tensor, size: int, size_name: str, 
     """Every value in [0, size); read on the CPU only."""
     if values.device.type != "cpu" or values.numel() == 0:
         return
-    low, high = int(values.min()), int(values.max())
+    low, high = map(int, values.aminmax())
     if low < 0 or high >= size:
         expected = f"values in [0, {size}) where {size_name} = {size}"
         refuse(argument, f"the value {low if low < 0 else high}", expected, remedy)
@@ -85,20 +85,21 @@ class Shapes:
         self._fixed_by: dict[str, str] = {}
 
     def check(self, argument: str, value: Tensor, letters: str, remedy: str) -> None:
-        names = letters.split()
-        got = f"shape {tuple(value.shape)}"
+        names, shape = letters.split(), value.shape
+        fits = len(names) == len(shape)
+        for name, got in zip(names, shape):  # noqa: B905 (in every call of every op: nothing that can be spared)
+            fits &= got == (int(name) if name.isdigit() else self.size.get(name, got))
+        if not fits or 0 in shape:
+            self._refuse(argument, shape, names, fits, remedy)
+        for name, got in zip(names, shape):  # noqa: B905
+            if name not in self.size and not name.isdigit():
+                self.size[name], self._fixed_by[name] = got, argument
+
+    def _refuse(self, argument: str, shape: torch.Size, names: list[str], fits: bool, remedy: str) -> NoReturn:
+        got = f"shape {tuple(shape)}"
         legend = "(" + ", ".join(names) + (",)" if len(names) == 1 else ")")
+        if fits:
+            refuse(argument, got, f"{legend} with no size of 0", "An empty batch has no loss: skip the call.")
         known = [name for name in names if name in self.size]
         bound = [f"{name} = {self.size[name]} as in {self._fixed_by[name]}" for name in known]
-        expected = f"{legend} with {' and '.join(bound)}" if bound else legend
-        if value.dim() != len(names):
-            refuse(argument, got, expected, remedy)
-        for name, size in zip(names, value.shape, strict=True):
-            if size != (int(name) if name.isdigit() else self.size.get(name, size)):
-                refuse(argument, got, expected, remedy)
-            if size == 0:
-                remedy = "An empty batch has no loss: skip the call."
-                refuse(argument, got, f"{legend} with no size of 0", remedy)
-        for name, size in zip(names, value.shape, strict=True):
-            if name not in self.size and not name.isdigit():
-                self.size[name], self._fixed_by[name] = size, argument
+        refuse(argument, got, f"{legend} with {' and '.join(bound)}" if bound else legend, remedy)

@@ -13,7 +13,7 @@ import torch  # noqa: F401  (before the library: see above)
 
 import ril_kernels
 
-ABI_VERSION = 4  # RIL_ABI_VERSION in abi.h
+ABI_VERSION = 5  # RIL_ABI_VERSION in abi.h
 
 ISA = 0  # of the vectorised functions: 0 is the best that this CPU has, 1 is scalar (tests set it)
 
@@ -32,6 +32,14 @@ _TILE_GRAD = (*_TILE, _POINTER, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, 
 _SAMPLE = (_POINTER, _INT64, _INT64, _INT64, _POINTER, _POINTER, _POINTER, _POINTER, _FLOAT, _INT64, _DOUBLE, _FLOAT,
            _POINTER, _POINTER, _INT32, _POINTER, _POINTER, _POINTER)  # fmt: skip
 
+# hidden, last index, weight, bias, norm weight, norm bias, labels, label weights, stride, H, N, norm,
+# eps, temperature, label smoothing, denominator, isa, logits, scores, rewards (N,), loss, stats (N, 4) f32 out
+_DISCRIMINATOR_FORWARD = (*(_POINTER,) * 8, _INT64, _INT64, _INT64, _INT32, *(_DOUBLE,) * 4, _INT32, *(_POINTER,) * 5)
+# hidden, last index, weight, norm weight, norm bias, labels, label weights, scores, stats, grad_logits, grad_loss,
+# stride, H, N, T, temperature, label smoothing, denominator, isa, gradients of hidden, weight, bias, norm weight and
+# norm bias out, or null
+_DISCRIMINATOR_BACKWARD = (*(_POINTER,) * 11, *(_INT64,) * 4, *(_DOUBLE,) * 3, _INT32, *(_POINTER,) * 5)
+
 # Every exported function and the types of its arguments; each returns int32.
 SIGNATURES: dict[str, tuple[type, ...]] = {
     "ril_abi_version": (),
@@ -43,6 +51,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "ril_tile_grad_bf16": _TILE_GRAD,
     "ril_sample_f32": _SAMPLE,
     "ril_sample_bf16": _SAMPLE,
+    "ril_discriminator_forward_f32": _DISCRIMINATOR_FORWARD,
+    "ril_discriminator_forward_bf16": _DISCRIMINATOR_FORWARD,
+    "ril_discriminator_backward_f32": _DISCRIMINATOR_BACKWARD,
+    "ril_discriminator_backward_bf16": _DISCRIMINATOR_BACKWARD,
     # memory, bytes
     "ril_huge_pages": (_POINTER, _INT64),
 }

@@ -6,7 +6,7 @@
 #define RIL_EXPORT __attribute__((visibility("default")))
 
 // Raise this and ABI_VERSION in _native.py together whenever an exported signature changes.
-constexpr int32_t RIL_ABI_VERSION = 4;
+constexpr int32_t RIL_ABI_VERSION = 5;
 
 // Status codes; _native.py holds their meaning in words.
 constexpr int32_t RIL_OK = 0;

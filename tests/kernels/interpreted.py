@@ -5,12 +5,17 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from test_discriminator_head import check as check_head
+from test_discriminator_head import large, results
 from test_fused import exact, grad, logprob_results, loss_results, stats
 from test_group_advantages import KINDS, ragged
 from test_sampling import OPTIONS, VECTORS, check, check_invalid, drawn_bits, logits_of
 from triton.runtime.interpreter import InterpreterBuilder
 
-from ril_kernels import policy_loss
+from ril_kernels import discriminator_head, policy_loss
+from ril_kernels.discriminator_head import triton as head
+from ril_kernels.discriminator_head.reference import CASES as HEAD_CASES
+from ril_kernels.discriminator_head.reference import make_inputs as head_inputs
 from ril_kernels.policy_loss import triton as advantages
 from ril_kernels.policy_loss.reference import CASES as LOSS_CASES
 from ril_kernels.policy_loss.reference import group_advantages_reference
@@ -26,6 +31,9 @@ kernels = importlib.import_module("ril_kernels.token_logprob.triton")
 def block(request, monkeypatch):
     monkeypatch.setattr(kernels, "BLOCK", request.param)
     monkeypatch.setattr(advantages, "COLUMNS", request.param)
+    monkeypatch.setattr(head, "BLOCK", request.param)
+    monkeypatch.setattr(head, "ROWS", min(request.param, 32))
+    monkeypatch.setattr(head, "COLUMNS", min(request.param, 32))
     monkeypatch.setattr(sampling, "BLOCK", request.param)
     monkeypatch.setattr(sampling, "LIST", min(request.param, 64))
 
@@ -127,11 +135,9 @@ def test_bfloat16():
     torch.testing.assert_close(logits.float(), wide, rtol=2**-7, atol=1e-38)
 
 
-def test_traffic(monkeypatch):
-    """Global traffic of the logits: one read in the no-grad pass, two reads and one write in the training pass."""
-    num_vocab = 150
-    logits, target, temperature, grads = rows(num_vocab, torch.float32, 160)
-    first, last = logits.data_ptr(), logits.data_ptr() + logits.untyped_storage().nbytes()
+def count_traffic(monkeypatch, of: torch.Tensor) -> dict[str, int]:
+    """How many elements of a tensor's memory the kernels read and write from now on."""
+    first, last = of.data_ptr(), of.data_ptr() + of.untyped_storage().nbytes()
     count = {"read": 0, "write": 0}
 
     def counted(kind: str, function):
@@ -145,12 +151,71 @@ def test_traffic(monkeypatch):
 
     for kind, name in (("read", "create_masked_load"), ("write", "create_masked_store")):
         monkeypatch.setattr(InterpreterBuilder, name, counted(kind, getattr(InterpreterBuilder, name)))
+    return count
+
+
+def test_traffic(monkeypatch):
+    """Global traffic of the logits: one read in the no-grad pass, two reads and one write in the training pass."""
+    num_vocab = 150
+    logits, target, temperature, grads = rows(num_vocab, torch.float32, 160)
+    count = count_traffic(monkeypatch, logits)
     _, entropy, lse = kernels.logits_stats(logits, target, temperature, 0.0)
     padding, chosen, live = 10, 1, 5  # of 16 elements per row; the target's logit is read again; rows that count
     assert count == {"read": live * (num_vocab + padding + chosen), "write": 0}
     count.update(read=0)
     kernels.logits_grad(logits, target, temperature, 0.0, lse, entropy, *grads)
     assert count == {"read": (live - 1) * (num_vocab + padding), "write": 6 * (num_vocab + padding)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", HEAD_CASES)
+def test_discriminator_head(case, dtype, assert_accurate):
+    check_head(head_inputs(case, dtype), "triton", assert_accurate)
+
+
+@pytest.mark.parametrize("final_norm", ["rms", "layer"])
+def test_discriminator_head_of_many_rows(final_norm, assert_accurate):
+    check_head({**large(num_responses=40, num_hidden=80), "final_norm": final_norm}, "triton", assert_accurate)
+
+
+@pytest.mark.parametrize("names", [("hidden",), ("weight", "norm_bias"), ("bias",), ("norm_weight",)])
+@pytest.mark.parametrize("parts", ["loss", "logits"])
+def test_discriminator_head_with_frozen_inputs(names, parts, assert_accurate):
+    check_head(head_inputs("layer"), "triton", assert_accurate, names=names, parts=parts)
+
+
+def test_discriminator_head_repeats_bit_by_bit():
+    first, second = (results(head_inputs("repeated"), "triton") for _ in range(2))
+    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+
+
+def test_discriminator_head_of_infinite_and_strided_rows():
+    padded = torch.full((4, 16), torch.nan)[:, :1]  # what lies between the rows must not matter
+    padded.copy_(torch.tensor([[1e4], [-1e4], [torch.inf], [torch.nan]]))
+    ours, theirs = (
+        discriminator_head(padded, torch.arange(4), torch.ones(1, 1), backend=each) for each in ("triton", "reference")
+    )
+    torch.testing.assert_close(ours[:3], theirs[:3], equal_nan=True)
+    assert ours.similarity_rewards[:2].tolist() == [0.0, 1.0] and ours.similarity_rewards[2:].isnan().all()
+
+
+def test_traffic_of_discriminator_head(monkeypatch):
+    """A gathered row is read once forward and once backward, and its gradient is written once; no other row is."""
+    inputs = head_inputs("odd")
+    hidden = inputs["hidden"].requires_grad_()
+    count = count_traffic(monkeypatch, hidden)
+    out = discriminator_head(**inputs, backend="triton")
+    gathered = len(inputs["last_index"]) * hidden.shape[1]
+    assert count == {"read": gathered, "write": 0}
+    gradients, make = [], head.backward
+
+    def backward(*arguments):
+        gradients.append(count_traffic(monkeypatch, arguments[-5]))
+        make(*arguments)
+
+    monkeypatch.setattr(head, "backward", backward)
+    out.loss.backward()
+    assert count == {"read": 2 * gathered, "write": 0} and gradients == [{"read": 0, "write": gathered}]
 
 
 @KINDS

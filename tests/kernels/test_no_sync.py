@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from ril_kernels import policy_loss, token_logprob
+from ril_kernels import discriminator_head, policy_loss, token_logprob
 from ril_kernels.token_logprob import chunks
 
 T, H, V = 6, 16, 50
@@ -14,7 +14,7 @@ T, H, V = 6, 16, 50
 @pytest.fixture
 def gpu(monkeypatch):
     """A device whose tensors have shapes and dtypes only, on which the ops run as on a GPU."""
-    for op in ("policy_loss", "token_logprob"):
+    for op in ("discriminator_head", "policy_loss", "token_logprob"):
         module = importlib.import_module(f"ril_kernels.{op}.op")
         monkeypatch.setattr(module, "resolve_backend", lambda backend, hidden: "triton")
     advantages = importlib.import_module("ril_kernels.policy_loss.advantages")
@@ -79,3 +79,16 @@ def test_token_logprob(gpu, dtype):
     logprob, entropy = token_logprob(hidden, lm_head, target, return_entropy=True, softcap=5.0)
     (logprob.sum() + entropy.sum()).backward()
     assert logprob.shape == (T,) and hidden.grad.shape == (T, H) and lm_head.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("final_norm", ["rms", "layer", None])
+def test_discriminator_head(gpu, final_norm):
+    hidden = torch.zeros(T, H, device=gpu, requires_grad=True)
+    names = {"rms": ("norm_weight",), "layer": ("norm_weight", "norm_bias"), None: ()}[final_norm]
+    head = {name: torch.zeros(H, device=gpu, requires_grad=True) for name in names}
+    head |= {"weight": torch.zeros(1, H, device=gpu, requires_grad=True), "bias": torch.zeros(1, device=gpu)}
+    rows = {"last_index": torch.zeros(3, dtype=torch.int64, device=gpu), "labels": torch.zeros(3, device=gpu)}
+    rows["label_weights"] = torch.ones(3, device=gpu)
+    out = discriminator_head(hidden, **head, **rows, final_norm=final_norm, norm=3.0)
+    (out.loss + out.logits.sum()).backward()
+    assert hidden.grad.shape == (T, H) and head["weight"].grad.shape == (1, H) and out.scores.shape == (3,)

@@ -37,9 +37,11 @@ def test_every_kernel_is_compiled():
 def test_compiled_ahead_of_time(target, form):
     used = resources(form.compile(target))
     assert used["spill_bytes"] == 0 and used["registers"] > 0 and used["instructions"] > 100
-    if form.padded:  # the logits are what a kernel reads most bits of at a time, and all that logits_grad_kernel writes
+    if form.padded:  # the logits, or hidden states, are what a kernel reads most bits of at a time
         assert max(used["load_bits"]) == 128
+        # ... and logits_grad_kernel writes nothing else, discriminator_backward_kernel nothing larger.
         assert form.kernel is not kernels.logits_grad_kernel or used["store_bits"] == [128]
+        assert form.kernel.__name__ != "discriminator_backward_kernel" or max(used["store_bits"]) == 128
 
 
 def test_spills_and_narrow_loads_are_seen():

@@ -1,5 +1,6 @@
-"""Last-token gather, H x 1 score, BCE, similarity reward."""
+"""Last-token gather, final norm, H x 1 score, BCE, similarity reward."""
 
 from ril_kernels.discriminator_head.op import discriminator_head, discriminator_loss, similarity_reward
+from ril_kernels.discriminator_head.reference import DiscriminatorOutput
 
-__all__ = ["discriminator_head", "discriminator_loss", "similarity_reward"]
+__all__ = ["DiscriminatorOutput", "discriminator_head", "discriminator_loss", "similarity_reward"]
