@@ -85,14 +85,14 @@ class Adversary:
     @torch.no_grad()
     def logits(self, batches: list[MicroBatch], count: int) -> Tensor:  # (count,) float32
         self.module.eval()
-        return _of_all_ranks([(part, self.module(*inputs)) for part, inputs in batches], count)
+        return _of_all_ranks([(part, self.module(*inputs).logits) for part, inputs in batches], count)
 
-    def loss(self, logits: Tensor, labels: Tensor, groups: Tensor, norm: float | None = None) -> Tensor:
-        """The objective; `norm` where these are not all responses (bce)."""
+    def loss(self, logits: Tensor, labels: Tensor, groups: Tensor) -> Tensor:
+        """The objective over all responses."""
         if self.settings.objective == "bradley_terry":
             return bradley_terry_loss(logits, labels, groups)
         smoothing = self.settings.label_smoothing
-        return discriminator_loss(logits, labels * (1 - 2 * smoothing) + smoothing, norm=norm or len(labels))
+        return discriminator_loss(logits, labels * (1 - 2 * smoothing) + smoothing, norm=len(labels))
 
     def scored(self, logits: Tensor, groups: Tensor) -> Tensor:
         """The logits whose sigmoid is the score: bradley_terry only tells responses of a group from one another."""
@@ -108,13 +108,15 @@ class Adversary:
         seen = []
         for number, (part, inputs) in enumerate(batches, 1):
             index = part or [0]
-            logits = self.engine(*inputs)
             if slope is None:
-                loss = self.loss(logits, labels[index], groups[index], norm=len(labels))
+                smoothing = self.settings.label_smoothing
+                out = self.engine(*inputs, labels=labels[index], label_smoothing=smoothing, norm=len(labels))
+                loss = out.loss
             else:
-                loss = (slope[index] * logits).sum()
+                out = self.engine(*inputs)
+                loss = (slope[index] * out.logits).sum()
             self.engine.backward(loss * bool(part), last=number == len(batches))
-            seen.append((part, logits.detach()))
+            seen.append((part, out.logits.detach()))
         grad_norm = self.engine.step()["grad_norm"]
         return _of_all_ranks(seen, len(labels)), grad_norm
 

@@ -30,12 +30,13 @@ def _responses(config, _) -> dict:
     from ril_engine import stages
     from ril_engine.saved_responses import all_responses
     from ril_engine.teacher_scores import scored_responses
+    from ril_engine.tiny_judge import with_judges
 
     data_dir, data_key = stages.data(config)
     student_path, student_key = stages.sft(config, data_dir, data_key)
     files = all_responses(config, student_path, student_key, data_dir, data_key)
     rewards = {}
-    for name, by_id in scored_responses(config, files, data_dir).items():
+    for name, by_id in scored_responses(with_judges(config), files, data_dir).items():
         some = [each["answer_reward"] for responses in by_id.values() for each in responses]
         rewards[name] = sum(some) / len(some)
     return {"responses": {source: str(path) for source, path in files.items()}, "answer_reward": rewards}

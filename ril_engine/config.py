@@ -351,8 +351,6 @@ class Config(Section):
                 f"discriminator.max_accuracy has no effect with use {self.discriminator.use}: remove one of them"
             )
         names = [teacher.name for teacher in self.teachers]
-        if taken := {"student", "teacher"} & set(names):
-            raise ValueError(f"teachers: the name {taken.pop()!r} stands for a side in metrics; choose another one")
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: names must differ, got {names}")
         if taken := sorted({"student", "teacher", "spread"} & set(names)):

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
-from ril_engine.families import adapt, language_model, only_rows
+from ril_engine.families import adapt, language_model, only_rows, rms_epsilon, without_final_norm
 from ril_engine.packing import pack
-from ril_kernels import discriminator_head
+from ril_kernels import DiscriminatorOutput, discriminator_head
 
 # Where checkpoints keep the decoder of a VLM or of a causal LM: Transformers 5, Transformers 4, and hub files.
 DECODER = {r"^(?:model\.|language_model\.)*(?=(?:embed_tokens|layers|norm)\.)": ""}
@@ -33,21 +33,40 @@ FOREIGN_MARKS = (
 INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff"  # zero-width, no white space to str.strip
 
 
+class Score(nn.Module):
+    """Final norm and H x 1 of the last tokens as one op. It holds the weights of both, for ZeRO-3 gathers parameters
+    module by module. A norm that is no plain RMSNorm runs itself, before."""
+
+    def __init__(self, norm: nn.Module, hidden_size: int, temperature: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(1))
+        self.eps, self.temperature = rms_epsilon(norm), temperature
+        if self.eps is not None:
+            self.norm_weight = norm.weight
+
+    def forward(self, states: Tensor, last: Tensor, **loss_settings) -> DiscriminatorOutput:
+        norm = {} if self.eps is None else {"final_norm": "rms", "norm_weight": self.norm_weight, "eps": self.eps}
+        settings = {"temperature": self.temperature, **norm, **loss_settings}
+        return discriminator_head(states, last, self.weight, self.bias, **settings)
+
+
 class Discriminator(nn.Module):
     """D: the student's language model with its vocabulary head replaced by one H x 1, read at the last token."""
 
     def __init__(self, decoder, temperature: float = 1.0):
         super().__init__()
-        self.language_model, self.temperature = decoder, temperature
-        self.score = nn.Linear(decoder.config.hidden_size, 1)
-        nn.init.zeros_(self.score.weight)
-        nn.init.zeros_(self.score.bias)
+        self.language_model = decoder
+        self.score = Score(decoder.norm, decoder.config.hidden_size, temperature)
 
-    def forward(self, inputs: dict[str, Tensor], last: Tensor) -> Tensor:  # last: (N,) rows of the flat states -> (N,)
-        with only_rows(self.language_model.norm, last):
+    def forward(self, inputs: dict[str, Tensor], last: Tensor, **loss_settings) -> DiscriminatorOutput:
+        """Of each of the N `last` (N,) rows of the flat states; with labels and norm its loss, too."""
+        norm, fused = self.language_model.norm, self.score.eps is not None
+        with without_final_norm(norm) if fused else only_rows(norm, last):
             states = self.language_model(**inputs, use_cache=False).last_hidden_state
-        logits = discriminator_head(states, torch.arange(len(last)), self.score.weight, self.score.bias).logits
-        return logits / self.temperature
+        if fused:
+            return self.score(states.flatten(0, 1), last, **loss_settings)
+        return self.score(states, torch.arange(len(last), device=states.device), **loss_settings)
 
 
 def new_discriminator(student: ModelConfig, packing: str = "padded", temperature: float = 1.0):

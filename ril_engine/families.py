@@ -120,6 +120,17 @@ def without_final_norm(norm: nn.Module) -> Iterator[None]:
             norm.forward = own
 
 
+def rms_epsilon(norm: nn.Module) -> float | None:
+    """The epsilon of a plain RMSNorm, x / rms(x) * weight; None for any other norm, such as Gemma's of 1 + weight."""
+    weight, eps = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if weight is None or eps is None:
+        return None
+    probe = torch.linspace(-2, 3, len(weight), dtype=weight.dtype, device=weight.device)
+    with torch.no_grad():
+        plain = nn.functional.rms_norm(probe, (len(weight),), weight, eps)
+        return eps if torch.allclose(norm(probe), plain, rtol=1e-2, atol=1e-2) else None
+
+
 def use_liger(decoder) -> None:
     """Liger's kernels for norms, MLP and rotary embedding in a language model of a packed family, in place; they need a
     GPU. The rotary embedding is a function of the family's modeling file, so it changes for every model of the family.

@@ -128,10 +128,11 @@ def _verified(
 
 def verdict_settings(settings: JudgeConfig) -> dict:
     """What a judge's verdicts depend on: not where and how fast it is asked, or what its verdict weighs."""
+    from ril_engine.judge import INSTRUCTIONS
+
     server = {"url", "api_key_env", "concurrency", "timeout_s", "attempts", "max_response_bytes"}
-    return settings.model_dump(
-        exclude={"weight": True, "on_failure": True, "micro_batch_tokens": True, "server": server}
-    )
+    exclude = {"weight": True, "on_failure": True, "micro_batch_tokens": True, "server": server}
+    return settings.model_dump(exclude=exclude) | {"instructions": INSTRUCTIONS[settings.mode]}
 
 
 class Cached:

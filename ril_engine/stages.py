@@ -48,6 +48,7 @@ CODE = (
     "teacher_scores",
     "teachers",
     "tiny_judge",
+    "tiny_judge",
     "tiny_models",
     "verifier",
 )

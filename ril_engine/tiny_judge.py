@@ -139,6 +139,15 @@ class Pupil(FirstToken):
         return logits, self.numbers(seen[0].flatten(0, 1)[last]).view(len(last), 4, NONE + 1)
 
 
+def with_judges(config: Config) -> Config:
+    """The config with the trained checkpoint in place of each "tiny:" judge. All ranks call it."""
+    rewards = [
+        each.model_copy(update={"path": judge_model(config, each)}) if isinstance(each, JudgeConfig) else each
+        for each in config.answer_rewards
+    ]
+    return config.model_copy(update={"answer_rewards": rewards})
+
+
 def judge_model(config: Config, which: JudgeConfig, settings: TrainingConfig = TRAINING) -> str:
     """The judge's checkpoint; a "tiny:" one is trained first, in about a minute and a half. All ranks call it."""
     if not which.path.startswith("tiny:"):

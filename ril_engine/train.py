@@ -29,6 +29,7 @@ from ril_engine.report import write_report
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 from ril_engine.saved_responses import all_responses, taught_questions
 from ril_engine.teacher_scores import scored_responses
+from ril_engine.tiny_judge import with_judges
 
 
 def prepare(config: Config, data_dir: Path, data_key: str):
@@ -54,9 +55,10 @@ def train(config: Config, resume: Path | None = None) -> dict:
         require_packable_student(config.student)
     data_dir, data_key = stages.data(config)
     test = evaluation_questions(config, data_dir)  # before anything slow
-    student_path, rows, saved, d_path = prepare(config, data_dir, data_key)
+    trained = with_judges(config)  # not in the run's own settings, which name no stage
+    student_path, rows, saved, d_path = prepare(trained, data_dir, data_key)
 
-    loop = Loop(config, data_dir, student_path, saved, d_path)
+    loop = Loop(trained, data_dir, student_path, saved, d_path)
     run_dir = resume or _new_run(config)
     done, before = checkpoints.load(run_dir, loop.engines) if resume else (0, None)
     judged = (config, loop.policy.model, loop.encoder, test)

@@ -111,7 +111,6 @@ def test_defaults_are_the_papers(write):
             GOOD + "discriminator: {pretrain: {patienc: 1}}",
             "unknown key discriminator.pretrain.patienc: did you mean 'patience'",
         ),
-        ("teachers: [{name: student, path: b}]", "teachers: the name 'student' stands for a side in metrics; choose"),
         ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
     ],
 )
