@@ -149,7 +149,7 @@ def with_judges(config: Config) -> Config:
 
 
 def judge_model(config: Config, which: JudgeConfig, settings: TrainingConfig = TRAINING) -> str:
-    """The judge's checkpoint; a "tiny:" one is trained first, in about a minute and a half. All ranks call it."""
+    """The judge's checkpoint; a "tiny:" one is trained first, in two minutes of one core. All ranks call it."""
     if not which.path.startswith("tiny:"):
         return which.path
     key = stages.key_of("judge", which.path, settings, config.deepspeed, config.data.digits.seed)

@@ -13,7 +13,7 @@ import torch
 from ril_engine import digits, tiny_judge
 from ril_engine.config import Config, JudgeConfig, TrainingConfig
 from ril_engine.judge import judge
-from ril_engine.rewards import answer_reward
+from ril_engine.verifier import verify
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 def test_labels_are_the_verifiers_and_balanced():
     rows = tiny_judge.examples(random.Random(0), 60, commanded=0.0)
     right = [final == reference for _, reference, _, final in rows]
-    assert right == [bool(answer_reward(response, reference)) for _, reference, response, _ in rows]
+    assert right == [verify(response, reference) for _, reference, response, _ in rows]
     assert 0.5 <= sum(right) / len(rows) < 0.65  # some that are meant to be wrong are right by chance
     assert {question for question, *_ in rows} <= {
         text.format(n=n, m=m) for text in digits.QUESTIONS.values() for n in digits.NUMBERS for m in digits.NUMBERS
