@@ -83,7 +83,7 @@ def test_build_writes_questions_and_pictures(tmp_path):
         assert (again / path).read_bytes() == (tmp_path / path).read_bytes()
 
 
-@pytest.mark.parametrize("name", tiny_models.RECIPES)
+@pytest.mark.parametrize("name", [name for name, each in tiny_models.RECIPES.items() if each[0] != "qwen2"])
 def test_tiny_checkpoint_is_an_ordinary_one(tmp_path, name):
     import torch
     from PIL import Image

@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from ril_engine import tiny_models
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config, ModelConfig
-from ril_engine.discriminator import cleaned, load_decoder, new_discriminator, special_marks
+from ril_engine.discriminator import (
+    Discriminator,
+    cleaned,
+    discriminator_batch,
+    encode_for_discriminator,
+    load_decoder,
+    new_discriminator,
+    special_marks,
+)
 from ril_engine.errors import UserError
 from ril_engine.families import language_model, only_rows, without_final_norm
 from ril_engine.models import load
@@ -108,6 +116,36 @@ def test_a_norm_that_was_replaced_comes_back():
     with without_final_norm(norm):
         assert norm(torch.ones(4)).tolist() == [1] * 4
     assert norm(torch.ones(4)).tolist() == [2] * 4
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_the_score_is_of_normalised_states(checkpoints, offset):
+    """A plain RMSNorm is fused with the score; another one, here Gemma's of 1 + weight, runs itself."""
+    module, tokenizer = new_discriminator(ModelConfig(path=str(checkpoints / "student")))
+    norm = module.language_model.norm
+    plain = norm.forward
+    if offset:
+        norm.forward = lambda hidden: plain(hidden) * (norm.weight + offset) / norm.weight
+        module = Discriminator(module.language_model, temperature=2.0)
+    assert (module.score.eps is None) == bool(offset)
+    torch.nn.init.normal_(norm.weight, mean=1.0, std=0.2)
+    torch.nn.init.normal_(module.score.weight)
+    rows = encode_for_discriminator(tokenizer, "Who wrote it?", TEXTS)
+    inputs, last = discriminator_batch(rows, tokenizer.pad_token_id)
+    labels = torch.tensor([True, False, True, True, False])
+    out = module(inputs, last, labels=labels, norm=5)
+    out.loss.backward()
+    got = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    states = module.language_model(**inputs).last_hidden_state.flatten(0, 1)[last]  # after its norm
+    logits = (states @ module.score.weight[0] + module.score.bias) / module.score.temperature
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    loss.backward()
+    torch.testing.assert_close(out.logits, logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out.loss, loss)
+    for one, parameter in zip(got, module.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, atol=1e-5, rtol=1e-4)
+    assert len({id(each) for each in module.parameters()}) == len(got)
 
 
 TEXTS = ["7", "I see 7 and 8. 7*8=56. The answer is 56.", "", "> is a border", "caf\u00e9: so it is odd"]

@@ -310,13 +310,13 @@ def test_the_discriminator_reads_its_instruction_once(tmp_path, packing):
     torch.nn.init.normal_(d.score.weight)
     rows = encode_for_discriminator(encoder.tokenizer, "Who wrote it?", TEXTS)
     shared = shared_tokens(rows)
-    want = d(*discriminator_batch(rows, encoder.pad_id))
+    want = d(*discriminator_batch(rows, encoder.pad_id)).logits
     want_gradients = gradients(d, (want * weights(len(rows))).sum())
     families.attend_over_packs(d.language_model)
     inputs, last = discriminator_batch(rows, encoder.pad_id, packing, shared)
     times = 1 if packing == "shared" else len(rows)
     assert inputs["input_ids"].shape[1] == times * shared + sum(len(row) - shared for row in rows)
-    got = d(inputs, last)
+    got = d(inputs, last).logits
     assert error(got, want) < 1e-6
     largest, zero = worst(gradients(d, (got * weights(len(rows))).sum()), want_gradients)
     assert largest < 1e-6 and not zero
