@@ -78,9 +78,10 @@ def new_discriminator(student: ModelConfig, packing: str = "padded", temperature
     from transformers import AutoTokenizer
 
     decoder = load_decoder(student)
+    module = Discriminator(decoder, temperature)  # looks at its norm here, on the CPU, where Liger's cannot run
     adapt(decoder, packing)
     tokenizer = AutoTokenizer.from_pretrained(student.path, trust_remote_code=student.trust_remote_code)
-    return Discriminator(decoder, temperature), tokenizer
+    return module, tokenizer
 
 
 def load_decoder(student: ModelConfig, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ril_engine import tiny_models
+from ril_engine import discriminator, tiny_models
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config, ModelConfig
 from ril_engine.discriminator import (
@@ -146,6 +146,15 @@ def test_the_score_is_of_normalised_states(checkpoints, offset):
     for one, parameter in zip(got, module.parameters(), strict=True):
         torch.testing.assert_close(one, parameter.grad, atol=1e-5, rtol=1e-4)
     assert len({id(each) for each in module.parameters()}) == len(got)
+
+
+def test_d_is_made_before_its_norms_need_a_gpu(checkpoints, monkeypatch):
+    def adapted(decoder, packing):
+        decoder.norm.forward = lambda hidden: pytest.fail("Liger's norm ran on the CPU")
+
+    monkeypatch.setattr(discriminator, "adapt", adapted)
+    module, _ = new_discriminator(ModelConfig(path=str(checkpoints / "student")), "shared")
+    assert module.score.eps == module.language_model.norm.variance_epsilon
 
 
 TEXTS = ["7", "I see 7 and 8. 7*8=56. The answer is 56.", "", "> is a border", "caf\u00e9: so it is odd"]
