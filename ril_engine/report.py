@@ -40,7 +40,7 @@ COLOURS = {
 TEACHER_COLOURS = ("#e0762f", "#2fa37c", "#d1a52c", "#c0362c", "#8a94a6")
 PHASE_COLOURS = ("#2f81d6", "#9a63d8", "#d1a52c", "#e0762f", "#2fa37c", "#8a94a6")
 PANELS = {  # title: (what to read from it, y axis), in the page's order
-    "Answer reward": ("Share of responses that the judge accepts.", "share"),
+    "Answer reward": ("Mean over responses: of one verifier or judge, the share that it accepts.", "share"),
     "Similarity reward": ("Share of responses that D takes for a teacher's.", "share"),
     "Discriminator": ("Accuracy near 1 teaches nothing, 0.5 is guessing; shaded: 0.70 to 0.85.", "share"),
     "Score of D": ('Mean probability of "student" that D gives to a side.', "share"),
@@ -168,7 +168,9 @@ def _panel(rows: list[dict], title: str, scale: str) -> str:
     if title == "Discriminator":
         axes.axhspan(0.70, 0.85, color="#2fa37c", alpha=0.15, linewidth=0)
     if scale == "share":
-        axes.set_ylim(-0.03, 1.03)
+        known = np.concatenate([values[np.isfinite(values)] for values in lines.values()])
+        low, high = min(0.0, known.min()), max(1.0, known.max())  # a weighted sum of rewards may be any number
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
     if scale == "log":
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

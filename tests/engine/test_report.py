@@ -120,6 +120,16 @@ def test_one_curve_per_panel_and_fewer_without_a_discriminator(run):
         assert text in html
 
 
+def test_a_reward_beyond_1_is_drawn_within_the_axes(monkeypatch):
+    limits, axes = [], report._axes
+    monkeypatch.setattr(report, "_axes", lambda: limits.append(axes()) or limits[-1])
+    for values in ((0.2, 0.9), (-1.0, 2.5)):
+        rows = [{"step": i, "metrics": {"reward/student_answer": each}} for i, each in enumerate(values, 1)]
+        assert report._panel(rows, "Answer reward", "share")
+    (low, high), (lower, higher) = (each.get_ylim() for _, each in limits)
+    assert (low, high) == (-0.03, 1.03) and lower < -1.0 and higher > 2.5
+
+
 def test_dr_grpo_omits_what_it_does_not_measure(run):
     run_dir, data_dir = run("dr_grpo")
     html = write_report(run_dir, data_dir).read_text(encoding="utf-8")
