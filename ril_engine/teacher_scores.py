@@ -84,7 +84,7 @@ def _source(module: str) -> str | None:
     """A hash of a module's file; None where there is none, which importing it will tell."""
     try:
         found = importlib.util.find_spec(module)
-    except (ModuleNotFoundError, ValueError):  # no package above it; no file, as of __main__
+    except Exception:  # the package above it is the user's and may raise anything; ValueError: no file, as of __main__
         return None
     if found is None or not found.has_location:
         return None

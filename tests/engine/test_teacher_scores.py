@@ -86,7 +86,9 @@ def test_a_changed_function_scores_anew(job):
     job.with_name("half_the_length.py").write_text(REWARD.replace("/ 2", "/ 4"))
     score(config)
     assert sum(name.startswith("scores_a-") for name in folders(config)) == 2
-    for function in ("no_such_module:half", "no.such.module:half", "sys:exit"):
+    (job.parent / "broken").mkdir()
+    (job.parent / "broken" / "__init__.py").write_text("raise RuntimeError('not today')")
+    for function in ("no_such_module:half", "no.such.module:half", "sys:exit", "broken.module:half"):
         assert teacher_scores._decisive(FunctionConfig(function=function))["source"] is None
 
 
