@@ -77,7 +77,7 @@ class AnswerRewards:
         reward = sum(each.weight * part for each, part in zip(self._settings, parts, strict=True))
         return Score(float(reward), dict(zip(self.names, parts, strict=True)), values.count(None))
 
-    def _ask(self, *lists: list, **columns: list) -> list[list[float | None]]:
+    def _ask(self, /, *lists: list, **columns: list) -> list[list[float | None]]:
         """Each reward's values: first of the sync ones, in order, then of the async ones, all at once."""
         if self._rewards is None:
             self._rewards = [self._make(*each) for each in zip(self.names, self._settings, strict=True)]
@@ -160,7 +160,9 @@ class Cached:
             os.replace(whole, path)
             self._file = path.open("a", encoding="utf-8")
 
-    def __call__(self, questions: list[str], references: list, responses: list[str], **columns) -> list[float | None]:
+    def __call__(
+        self, questions: list[str], references: list, responses: list[str], /, **columns
+    ) -> list[float | None]:
         contents = list(zip(questions, references, responses, strict=True))
         keys = [hashlib.sha256(json.dumps([self._settings, *each]).encode()).hexdigest() for each in contents]
         asked = {key: each for key, each in zip(keys, contents, strict=True) if key not in self._known}

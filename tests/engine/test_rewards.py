@@ -210,6 +210,13 @@ def test_a_judge_is_asked_once_for_equal_contents():
     assert (cached.calls, cached.hits) == (7, 2)
 
 
+def test_a_column_may_have_any_name(monkeypatch):
+    monkeypatch.setattr("ril_engine.judge.judge", lambda settings: Judge())
+    rows = [{"question": "q", "answer": "r", "self": 1, "on_score": 2, "lists": 3, "columns": 4}]
+    made = rewards({"kind": "judge", "path": "p"}, {"kind": "verifier"})
+    assert made.score(rows, ["yes"], [False]) == [Score(1.0, {"judge": 1.0, "verifier": 0.0}, 0)]
+
+
 def test_verdicts_outlive_a_failure_and_a_kill(tmp_path):
     path = tmp_path / "cache" / "judge.jsonl"
     cached = Cached(Judge(), {"model": "a"}, path)
