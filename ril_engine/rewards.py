@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import importlib
 import inspect
@@ -128,11 +129,16 @@ def _verified(
 
 def verdict_settings(settings: JudgeConfig) -> dict:
     """What a judge's verdicts depend on: not where and how fast it is asked, or what its verdict weighs."""
-    from ril_engine.judge import INSTRUCTIONS
-
     server = {"url", "api_key_env", "concurrency", "timeout_s", "attempts", "max_response_bytes"}
     exclude = {"weight": True, "on_failure": True, "micro_batch_tokens": True, "server": server}
-    return settings.model_dump(exclude=exclude) | {"instructions": INSTRUCTIONS[settings.mode]}
+    return settings.model_dump(exclude=exclude) | {"code": _judging()}
+
+
+@functools.cache
+def _judging() -> str:
+    """A hash of how judges are asked and their replies read."""
+    files = (Path(__file__).with_name(name) for name in ("judge.py", "local_judge.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
 class Cached:

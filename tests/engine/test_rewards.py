@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from ril_engine import rewards as ril_rewards
 from ril_engine.config import Config, JudgeConfig, TeacherConfig
 from ril_engine.errors import UserError
 from ril_engine.rewards import AnswerRewards, Cached, Score, verdict_settings
@@ -241,7 +242,7 @@ def test_a_broken_cache_is_named(tmp_path):
         Cached(Judge(), {}, tmp_path / "judge.jsonl")
 
 
-def test_what_a_verdict_depends_on():
+def test_what_a_verdict_depends_on(monkeypatch):
     def settings(server=None, **others):
         server = {"url": "http://one:1/v1", "model": "m"} | (server or {})
         return verdict_settings(JudgeConfig(server=server, **others))
@@ -255,3 +256,5 @@ def test_what_a_verdict_depends_on():
     assert same != verdict_settings(JudgeConfig(path="m"))
     assert verdict_settings(JudgeConfig(path="m")) != verdict_settings(JudgeConfig(path="n"))
     json.dumps(same)
+    monkeypatch.setattr(ril_rewards, "_judging", lambda: "another way to ask")
+    assert same != settings()
