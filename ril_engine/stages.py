@@ -48,7 +48,6 @@ CODE = (
     "teacher_scores",
     "teachers",
     "tiny_judge",
-    "tiny_judge",
     "tiny_models",
     "verifier",
 )
@@ -238,7 +237,7 @@ def discriminator(config: Config, student_path: str, saved: dict[str, Path], key
         include={"pretrain", "validation_share", "objective", "label_smoothing", "temperature", "instruction"}
     )
     weights = {each.name: each.weight for each in config.teachers}
-    parts = (settings, weights, config.deepspeed, config.seed, key, sorted(map(str, saved.values())))
+    parts = (settings, weights, config.deepspeed, config.seed, key, sorted(path.parent.name for path in saved.values()))
     student = config.student.model_copy(update={"path": student_path})
 
     def build(out: Path) -> None:

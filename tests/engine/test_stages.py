@@ -24,6 +24,16 @@ def test_d_needs_responses_of_both_sides_in_both_parts(tmp_path):
         stages.discriminator(config(tmp_path), "tiny:student", files, "key")
 
 
+def test_d_of_a_folder_that_was_moved_is_not_trained_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "stage", lambda config, name, key, build: key)
+
+    def key(folder, student: str = "responses_student-1") -> str:
+        files = {"student": folder / student / "responses.jsonl", "a": folder / "responses_a-2" / "responses.jsonl"}
+        return stages.discriminator(config(folder), "tiny:student", files, "key")
+
+    assert key(tmp_path) == key(tmp_path / "elsewhere") != key(tmp_path, "responses_student-3")
+
+
 @pytest.mark.usefixtures("alone")
 def test_every_rank_needs_an_example(tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 3)
