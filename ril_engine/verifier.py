@@ -72,7 +72,9 @@ SENTENCE_END = re.compile(r"[.;!?](?=\s|$)|\n")
 HEDGE = re.compile(r"n't\b|\b(?:not|no|never|or|than|least|most|between)\b", re.IGNORECASE)
 FORMULA = re.compile(r"[+*/^\\_<>≤≥≠±√0-9]|-$")
 NEGATION = re.compile(r"(?:\bnot|\bnever|n't)[^\w.]*$", re.IGNORECASE)
-COPULA = re.compile(r"\b(?:is|are|was|were|equals|it's|that's)\b|[:=]", re.IGNORECASE)
+COPULA = re.compile(  # a colon between digits is a time's or a ratio's
+    r"\b(?:is|are|was|were|equals|it's|that's)\b|=|:(?!(?<=[0-9]:)[0-9])", re.IGNORECASE
+)
 CHOICE = re.compile(r"\(?([A-Za-z])[.):]?")
 CHOICES = re.compile(
     r"(?<!\w)\(([A-Za-z])\)|\b(?:[Oo]ption|[Cc]hoice) ([A-Za-z])\b|\b([A-Z]) is (?:the )?(?:correct|right)\b"

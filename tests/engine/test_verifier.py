@@ -275,3 +275,9 @@ def test_only_the_end_of_a_long_response_is_read():
     assert verify("word " * 10_000 + "so it is 12", "12")
     assert not verify("The answer is 12. " + "word " * 10_000, "12")
     assert not verify("9" * 30_000, "9" * 20_000)  # a cut number is none
+
+
+@pytest.mark.parametrize("response", ["7:30", "It is 7:30.", "The time: 7:30", "The answer is 7:30.", "\\boxed{7:30}"])
+def test_a_colon_between_digits_stays(response):
+    assert verify(response, "7:30")
+    assert not verify(response, "30") and not verify(response, "7:31") and not verify(response, "7")
