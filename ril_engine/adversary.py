@@ -30,6 +30,7 @@ from ril_engine.runlog import progress
 from ril_kernels import discriminator_loss, similarity_reward
 
 WEIGHTS = "discriminator.safetensors"
+HELD_OUT = 4096  # responses, at most, that a look at the held-out accuracy scores
 MicroBatch = tuple[list[int], tuple[dict[str, Tensor], Tensor]]  # numbers of its responses, what `Discriminator` takes
 
 
@@ -203,10 +204,11 @@ def draw(
 
 
 class HeldOut:
-    """The held-out responses, all of them, and how well D tells their sides."""
+    """The held-out responses, those of the first questions where there are many, and how well D tells their sides."""
 
     def __init__(self, adversary: Adversary, questions: list[Question]):
         flat = [(i, s, text) for i, question in enumerate(questions) for s in question for text in question[s]]
+        flat = flat[:HELD_OUT]  # by question, so that both sides stay
         groups, self.sources, texts = zip(*flat, strict=True)
         self.adversary, self.groups = adversary, torch.tensor(groups)
         self.labels = torch.tensor([source == "student" for source in self.sources])

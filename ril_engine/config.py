@@ -149,6 +149,15 @@ class JudgeConfig(ModelConfig):
     @model_validator(mode="after")
     def _one_source(self):
         _require_one_source("a judge", self.path, self.trust_remote_code, {"server": self.server})
+        if self.path.startswith("tiny:") and (self.path != "tiny:judge" or self.mode == "explain"):
+            got = f"{self.path} with mode {self.mode}"
+            raise ValueError(f"got {got}, expected tiny:judge with mode yes_no, the one that learns to grade")
+        idle = {"on_failure": self.server is None, "micro_batch_tokens": self.server is not None}
+        idle["max_new_tokens"] = self.mode == "yes_no"
+        for name in (name for name, without in idle.items() if without):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                where = f"mode {self.mode}" if name == "max_new_tokens" else "a server" if self.server else "a path"
+                raise ValueError(f"{name} has no effect with {where}: remove it")
         return self
 
 
@@ -346,9 +355,11 @@ class Config(Section):
                 "discriminator.label_smoothing has no effect with objective bradley_terry, which has no labels: remove "
                 "one of them"
             )
-        if self.discriminator.use != "updated" and self.discriminator.max_accuracy is not None:
+        updated = self.rl.algorithm == "ril" and self.discriminator.use == "updated"
+        if self.discriminator.max_accuracy is not None and not updated:
             raise ValueError(
-                f"discriminator.max_accuracy has no effect with use {self.discriminator.use}: remove one of them"
+                f"discriminator.max_accuracy has no effect with use {self.discriminator.use} and rl.algorithm "
+                f"{self.rl.algorithm}, which update no D: remove it"
             )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):

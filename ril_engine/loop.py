@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -38,6 +39,8 @@ class Loop:
         rl = config.rl
         self.config, self.saved = config, saved
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        # Where ranks meet after a rollout: a judge's server may be slow on one of them for longer than others wait.
+        self.meeting = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         start = config.student.model_copy(update={"path": student_path})
         model, processor = load(start)
         if not rl.train_vision_tower:
@@ -197,6 +200,11 @@ class Loop:
             out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
         return out
 
+    def _of_all_ranks(self, values: list) -> list:
+        gathered: list = [None] * self.world
+        dist.all_gather_object(gathered, values, group=self.meeting)
+        return [each for part in gathered for each in part]
+
     def step(
         self, step: int, questions: list[tuple[int, dict]], timer: PhaseTimer
     ) -> tuple[dict[str, Metric], list[dict]]:
@@ -209,11 +217,11 @@ class Loop:
                 self.judge(mine)
         except UserError as caught:
             error = type(caught), str(caught)
-        errors = [each for each in _of_all_ranks([error]) if each is not None]
+        errors = [each for each in self._of_all_ranks([error]) if each is not None]
         if errors:  # on every rank, so that none waits for one that has left
             kind, message = errors[0]
             raise kind(f"step {step + 1}: {message}")
-        responses = sorted(_of_all_ranks(mine), key=lambda each: each["slot"])
+        responses = sorted(self._of_all_ranks(mine), key=lambda each: each["slot"])
         metrics: dict[str, Metric] = {}
         if self.adversary is not None:
             with timer.phase("discriminator"):
@@ -224,12 +232,6 @@ class Loop:
         with timer.phase("policy"):
             metrics |= self.update_policy(responses, advantages, timer)
         return metrics | _describe(responses, advantages), responses
-
-
-def _of_all_ranks(values: list) -> list:
-    gathered: list = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, values)
-    return [each for part in gathered for each in part]
 
 
 def _vision_name(model) -> str:

@@ -102,22 +102,23 @@ class AnswerRewards:
             return Cached(judge(settings), verdict_settings(settings), path)
         return _verified
 
-    @property
-    def hits(self) -> int:
-        """Verdicts that judges need not give again."""
-        return sum(each.hits for each in self._rewards or () if isinstance(each, Cached))
-
-    @property
-    def calls(self) -> int:
-        """Verdicts that judges were asked for."""
-        return sum(each.calls for each in self._rewards or () if isinstance(each, Cached))
-
     def close(self) -> None:
         """Let go of judges and of their files; the next score loads them again."""
         for each in self._rewards or ():
             if isinstance(each, Cached):
                 each.close()
         self._rewards = None
+
+
+def require_functions(config: Config) -> None:
+    """Import the user's functions, before anything slow.
+
+    Raises:
+        UserError: one that cannot be imported, or is none.
+    """
+    for each in config.answer_rewards:
+        if each.kind == "function":
+            user_function(each)
 
 
 def _verified(

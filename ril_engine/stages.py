@@ -28,29 +28,30 @@ from ril_engine.runlog import progress
 
 T = TypeVar("T")
 DONE = "done.json"
-CODE = (
-    "adversary",
-    "digits",
-    "discriminator",
-    "engine",
-    "families",
-    "health",
-    "judge",
-    "local_judge",
-    "models",
-    "packing",
-    "policy",
-    "questions",
-    "rewards",
-    "saved_responses",
-    "server",
-    "stages",
-    "teacher_scores",
-    "teachers",
-    "tiny_judge",
-    "tiny_models",
-    "verifier",
-)
+_MODELS = ("families", "models", "packing", "questions", "stages", "tiny_models")
+_TRAINING = ("engine", "policy", *_MODELS)
+# What the output of a stage hangs on, besides the stages that it reads: modules and packages of this one, and rooms of
+# ril_kernels. The first part of a key names its entry.
+CODE: dict[str, tuple[str, ...]] = {
+    "data": ("digits", "stages", "tiny_models"),
+    "files": (),
+    "model": (),
+    "teacher": ("digits", "token_logprob", *_TRAINING),
+    "sft": ("digits", "token_logprob", *_TRAINING),
+    "responses": ("saved_responses", "rollout", "prefix_attention", "sampling", *_MODELS),
+    "served responses": ("saved_responses", "server", *_MODELS),
+    "responses of a file": ("saved_responses", "teachers", *_MODELS),
+    "judge": ("digits", "judge", "local_judge", "tiny_judge", "prefix_attention", *_TRAINING),
+    "scores": ("judge", "local_judge", "questions", "rewards", "server", "teacher_scores", "verifier"),
+    "discriminator": (
+        "adversary",
+        "discriminator",
+        "health",
+        "discriminator_head",
+        "prefix_attention",
+        *_TRAINING,
+    ),
+}
 
 
 def is_main() -> bool:
@@ -58,18 +59,24 @@ def is_main() -> bool:
 
 
 @functools.cache
-def _code() -> str:
-    """A hash of the code that stage output depends on: another version of it builds its own."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in CODE]
-    files += sorted(Path(__file__).with_name("rollout").glob("*.py"))
-    for room in ("prefix_attention", "sampling"):  # what the tokens of a response hang on
-        files += sorted((Path(ril_kernels.__file__).parent / room).glob("*.py"))
+def _code(name: str) -> str:
+    """A hash of the code that a stage's output depends on: another version of it builds its own."""
+    own, rooms, files = Path(__file__).parent, Path(ril_kernels.__file__).parent, []
+    for each in CODE[name]:
+        if (file := own / f"{each}.py").exists():
+            files.append(file)
+            continue
+        folder = own / each if (own / each).is_dir() else rooms / each
+        found = sorted(path for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".h"))
+        assert found, each
+        files += found
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
-def key_of(*parts) -> str:
+def key_of(name: str, *parts) -> str:
+    """The key of a stage: `name` is its entry in CODE, `parts` are its settings and the keys of what it reads."""
     text = json.dumps(
-        [__version__, _code(), *parts], sort_keys=True, default=lambda value: value.model_dump(mode="json")
+        [__version__, _code(name), name, *parts], sort_keys=True, default=lambda value: value.model_dump(mode="json")
     )
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

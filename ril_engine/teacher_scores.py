@@ -73,7 +73,7 @@ def _scores(config: Config, source: str, file: Path, responses: list[dict], rows
 def _decisive(reward: AnswerRewardConfig) -> dict:
     """What a score depends on: not where, how fast and how patiently a judge is asked, but a function's source."""
     if isinstance(reward, JudgeConfig):
-        return verdict_settings(reward) | {"weight": reward.weight}
+        return verdict_settings(reward) | reward.model_dump(include={"weight", "on_failure"})
     settings = reward.model_dump()
     if isinstance(reward, FunctionConfig):
         settings["source"] = _source(reward.function.partition(":")[0])

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from ril_engine import digits, stages, tiny_models
 from ril_engine.config import Config, JudgeConfig, TrainingConfig
 from ril_engine.engine import Engine
+from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs
 from ril_engine.judge import INSTRUCTIONS, user_turn
 from ril_engine.local_judge import FirstToken, Prompts, batches, load_language_model
@@ -38,6 +39,7 @@ TRAINING = TrainingConfig(
 )
 COMMANDED = 0.7  # share of the responses beside a command; it grows from 0 over the first 0.6 of the steps
 NUMBERS_WEIGHT = 2.0  # of the loss that names the two numbers, which comes to nothing once it can
+ONE_BATCH = 2**31  # tokens: as many micro-batches on each rank
 NONE = 10  # a digit that a number does not have
 
 WORDS = (
@@ -157,6 +159,11 @@ def judge_model(config: Config, which: JudgeConfig, settings: TrainingConfig = T
 
 
 def _train(config: Config, which: JudgeConfig, settings: TrainingConfig, out: Path) -> None:
+    if dist.get_world_size() > settings.batch_size:
+        raise UserError(
+            f"{which.path}: learns from {settings.batch_size} responses a step, fewer than the {dist.get_world_size()} "
+            "ranks; start fewer ranks, or name another judge"
+        )
     # A judge belongs to the task, as a downloaded one would: it is the same for every seed of a study.
     seed = config.data.digits.seed
     if stages.is_main():
@@ -176,7 +183,7 @@ def _train(config: Config, which: JudgeConfig, settings: TrainingConfig, out: Pa
             data = examples(rng, QUESTIONS, COMMANDED * min(1.0, step / (0.6 * settings.steps)))
             mine = data[dist.get_rank() :: dist.get_world_size()]
             rows = [prompts.encode(*row[:3]) for row in mine]
-            planned = list(batches(rows, [row[:2] for row in mine], "shared", which.micro_batch_tokens))
+            planned = list(batches(rows, [row[:2] for row in mine], "shared", ONE_BATCH))
             for number, (places, inputs, last) in enumerate(planned, 1):
                 verdict = torch.tensor([yes if mine[i][1] == mine[i][3] else no for i in places])
                 numbers = torch.tensor([_digits(mine[i][1]) + _digits(mine[i][3]) for i in places])

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from ril_engine.loop import Loop, average, scheduled
 from ril_engine.models import require_packable_student
 from ril_engine.questions import evaluation_questions
 from ril_engine.report import write_report
+from ril_engine.rewards import require_functions
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 from ril_engine.saved_responses import all_responses, taught_questions
 from ril_engine.teacher_scores import scored_responses
@@ -53,6 +55,7 @@ def train(config: Config, resume: Path | None = None) -> dict:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
     if rl.packing != "padded":
         require_packable_student(config.student)
+    require_functions(config)
     data_dir, data_key = stages.data(config)
     test = evaluation_questions(config, data_dir)  # before anything slow
     trained = with_judges(config)  # not in the run's own settings, which name no stage
@@ -65,6 +68,7 @@ def train(config: Config, resume: Path | None = None) -> dict:
     before = before or evaluate(*judged, "evaluation before", run_dir / "evaluation_before.jsonl")
     timer = PhaseTimer()
     with (
+        closing(loop.rewards),
         RunLog(run_dir, resume_step=done, total_steps=rl.steps, enabled=rank == 0) as log,
         progress(rl.steps, rl.algorithm, completed=done, enabled=rank == 0) as advance,
     ):

@@ -106,7 +106,27 @@ def test_defaults_are_the_papers(write):
             GOOD + "discriminator: {objective: bradley_terry, label_smoothing: 0.1}",
             "label_smoothing has no effect with objective bradley_terry, which has no labels",
         ),
-        (GOOD + "discriminator: {use: fixed, max_accuracy: 0.8}", "max_accuracy has no effect with use fixed"),
+        (
+            GOOD + "discriminator: {use: fixed, max_accuracy: 0.8}",
+            "max_accuracy has no effect with use fixed and rl.alg",
+        ),
+        (
+            "rl: {algorithm: dr_grpo}\ndiscriminator: {max_accuracy: 0.8}",
+            "max_accuracy has no effect with use updated and rl.algorithm dr_grpo, which update no D: remove it",
+        ),
+        *(
+            (GOOD + f"answer_rewards: [{{kind: judge, {settings}}}]", f"answer_rewards.0.judge: {message}")
+            for settings, message in (
+                ("path: 'tiny:student'", "got tiny:student with mode yes_no, expected tiny:judge with mode yes_no"),
+                ("path: 'tiny:judge', mode: explain", "got tiny:judge with mode explain, expected tiny:judge with"),
+                ("path: a, on_failure: zero", "on_failure has no effect with a path: remove it"),
+                ("path: a, max_new_tokens: 9", "max_new_tokens has no effect with mode yes_no: remove it"),
+                (
+                    "server: {url: 'http://h/v1', model: m}, micro_batch_tokens: 9",
+                    "micro_batch_tokens has no effect with a server: remove it",
+                ),
+            )
+        ),
         (
             GOOD + "discriminator: {pretrain: {patienc: 1}}",
             "unknown key discriminator.pretrain.patienc: did you mean 'patience'",

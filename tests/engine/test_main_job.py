@@ -1,6 +1,7 @@
 """The main job through the real launcher: two ranks, a second run that reuses the stages, and bad input."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ril_engine import cli
+from ril_engine import cli, tiny_models
 from ril_engine.errors import exit_code
+from ril_engine.judge import INSTRUCTIONS
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
@@ -176,6 +178,53 @@ def test_every_subcommand_ends_with_its_results(finished, ril):
     code, (line,), _ = ril("report", first["run_dir"])
     assert code == 0 and json.loads(line) == {"report": str(report)} and report.exists()
     assert stage_times(config.parent) == stages
+
+
+def mean_of(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "holds"),
+    [
+        (["discriminator.use=none"], lambda rows: not any("imilarity" in name for name in rows[0])),
+        (["discriminator.use=fixed"], lambda rows: mean_of(rows, "discriminator/updates") == 0),
+        (
+            ["answer_rewards=[]"],
+            lambda rows: mean_of(rows, "reward/student_answer") == 0 == rows[0]["reward/answer/qwen"],
+        ),
+        (["answer_rewards=[{kind: judge, path: JUDGE}]"], lambda rows: mean_of(rows, "reward/unscored") == 0),
+        (
+            ["answer_rewards=[{kind: verifier}, {kind: judge, path: JUDGE, weight: 0.5}]"],
+            lambda rows: {"reward/student/verifier", "reward/student/judge"} <= set(rows[0]),
+        ),
+        (["rl.beta=0"], lambda rows: "kl" not in rows[0]),
+        (["rl.updates_per_step=4"], lambda rows: mean_of(rows, "discriminator/updates") == 4),
+        (["discriminator.similarity_levels=5"], lambda rows: True),
+        (["discriminator.similarity_levels=0"], lambda rows: 0 < rows[0]["reward/student_similarity"] < 1),
+        (["discriminator.objective=bradley_terry"], lambda rows: 0 < rows[0]["discriminator/student_score"] < 1),
+        (
+            ["teachers=[{name: qwen, path: 'tiny:qwen_teacher'}]", "rl.group_size=2"],
+            lambda rows: "reward/answer/internvl" not in rows[0] and "reward/answer/qwen" in rows[0],
+        ),
+    ],
+    ids=lambda each: each[0].split(".")[-1][:40] if isinstance(each, list) else "",
+)
+def test_every_ablation_runs_to_its_end(finished, ril, tmp_path, settings, holds):
+    """From the stages that are there; whatever a switch needs besides is built beside them."""
+    shutil.copytree(finished[0].parent / "runs" / "stages", tmp_path / "stages")
+    tiny_models.build(tmp_path / "judge", "tiny:judge", [INSTRUCTIONS["yes_no"], "yes no"], 0)
+    settings = [each.replace("JUDGE", str(tmp_path / "judge")) for each in settings]
+    asks = any("kind: judge" in each for each in settings)
+    # Models that have hardly learnt end no response by themselves, and a truncated one is shown to no judge.
+    settings = [f"work_dir={tmp_path}", "sampling.stop=[a, e, i, ' ', '1']", *settings]
+    code, (line,), err = ril("train", "--config", finished[0], *(part for each in settings for part in ("--set", each)))
+    assert code == 0, err[-3000:]
+    rows = metrics(json.loads(line))
+    assert len(rows) == 2 and all(math.isfinite(value) for row in rows for value in row.values())
+    assert holds(rows), rows
+    assert rows[0]["truncated"] < 1
+    assert bool([path for path in (tmp_path / "judged").rglob("judge*.jsonl") if path.stat().st_size]) == asks
 
 
 def test_a_stage_needs_free_disk(ril, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from ril_engine import rewards as ril_rewards
 from ril_engine.config import Config, JudgeConfig, TeacherConfig
 from ril_engine.errors import UserError
-from ril_engine.rewards import AnswerRewards, Cached, Score, verdict_settings
+from ril_engine.rewards import AnswerRewards, Cached, Score, require_functions, verdict_settings
 
 ROWS = [
     {"id": "a", "question": "What is 2+3?", "answer": "5", "image": "a.png", "kind": "sum"},
@@ -242,6 +242,12 @@ def test_a_broken_cache_is_named(tmp_path):
         Cached(Judge(), {}, tmp_path / "judge.jsonl")
 
 
+def test_a_function_that_is_missing_is_told_before_anything_slow():
+    names = ({"kind": "verifier"}, {"kind": "function", "function": "no_such_module_at_all:f"})
+    with pytest.raises(UserError, match="no_such_module_at_all"):
+        require_functions(Config(rl={"algorithm": "grpo"}, answer_rewards=names))
+
+
 def test_what_a_verdict_depends_on(monkeypatch):
     def settings(server=None, **others):
         server = {"url": "http://one:1/v1", "model": "m"} | (server or {})
@@ -249,11 +255,12 @@ def test_what_a_verdict_depends_on(monkeypatch):
 
     same = settings()
     assert same == settings({"url": "http://two:2/v1", "concurrency": 2, "timeout_s": 1, "attempts": 1}, weight=3)
-    assert same == settings({"api_key_env": "KEY"}, on_failure="zero", micro_batch_tokens=5)
+    assert same == settings({"api_key_env": "KEY"}, on_failure="zero")
     assert same != settings({"model": "n"})
     assert same != settings(mode="explain")
-    assert same != settings(mode="yes_no", max_new_tokens=3)
+    assert settings(mode="explain") != settings(mode="explain", max_new_tokens=3)
     assert same != verdict_settings(JudgeConfig(path="m"))
+    assert verdict_settings(JudgeConfig(path="m")) == verdict_settings(JudgeConfig(path="m", micro_batch_tokens=5))
     assert verdict_settings(JudgeConfig(path="m")) != verdict_settings(JudgeConfig(path="n"))
     json.dumps(same)
     monkeypatch.setattr(ril_rewards, "_judging", lambda: "another way to ask")

@@ -1,6 +1,7 @@
 """What the stages refuse, and what their keys depend on."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -47,5 +48,21 @@ def test_keys_hold_settings_and_code(tmp_path, monkeypatch):
     assert first == stages.key_of("data", config(tmp_path).data.digits)
     changed = config(tmp_path, data={"digits": {"sft_perception_share": 0.5}}).data.digits
     assert first != stages.key_of("data", changed)
-    monkeypatch.setattr(stages, "_code", lambda: "another version")
+    monkeypatch.setattr(stages, "_code", lambda name: f"another version of {name}")
     assert first != stages.key_of("data", config(tmp_path).data.digits)
+
+
+def test_a_stage_hangs_on_its_own_code_alone(monkeypatch):
+    """A change of the verifier judges anew and trains nothing anew."""
+    before = {name: stages._code(name) for name in stages.CODE}
+    read = Path.read_bytes
+    changed = {"verifier.py": {"scores"}, "server.py": {"served responses", "scores"}, "digits.py": None}
+    changed["digits.py"] = {"data", "teacher", "sft", "judge"}
+    changed |= {"policy.py": {"teacher", "sft", "judge", "discriminator"}, "schedule.py": {"responses"}}
+    changed["cache.py"] = {"responses"}
+    for file, names in changed.items():
+        monkeypatch.setattr(Path, "read_bytes", lambda path, file=file: read(path) + b"#" * (path.name == file))
+        stages._code.cache_clear()
+        assert {name for name in stages.CODE if stages._code(name) != before[name]} == names, file
+    monkeypatch.undo()
+    stages._code.cache_clear()

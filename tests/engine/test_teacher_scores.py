@@ -99,9 +99,11 @@ def test_where_a_judge_is_asked_does_not_count():
         return teacher_scores._decisive(Config(rl={"algorithm": "grpo"}, answer_rewards=[judge]).answer_rewards[0])
 
     moved = {"url": "http://other/v1", "concurrency": 2, "timeout_s": 9, "attempts": 1, "api_key_env": "KEY"}
-    assert decisive() == decisive(server=moved, on_failure="zero", micro_batch_tokens=1)
-    for change in ({"server": {"model": "n"}}, {"mode": "explain"}, {"max_new_tokens": 3}, {"weight": 2.0}):
+    assert decisive() == decisive(server=moved)
+    # What failed with "zero" is no score for a run with "stop".
+    for change in ({"server": {"model": "n"}}, {"mode": "explain"}, {"on_failure": "zero"}, {"weight": 2.0}):
         assert decisive() != decisive(**change)
+    assert decisive(mode="explain") != decisive(mode="explain", max_new_tokens=3)
 
 
 def test_what_could_not_be_scored_is_told(job, capsys):

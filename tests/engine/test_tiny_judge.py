@@ -12,6 +12,7 @@ import torch
 
 from ril_engine import digits, tiny_judge
 from ril_engine.config import Config, JudgeConfig, TrainingConfig
+from ril_engine.errors import UserError
 from ril_engine.judge import judge
 from ril_engine.verifier import verify
 
@@ -101,3 +102,9 @@ def test_two_ranks_equal_one(tmp_path):
         weights.append(AutoModelForCausalLM.from_pretrained(paths.pop()).state_dict())
     for name, one in weights[0].items():
         torch.testing.assert_close(weights[1][name], one, rtol=0, atol=0.02 * 3e-3 * 3)
+
+
+def test_more_ranks_than_responses_are_refused(monkeypatch):
+    monkeypatch.setattr(tiny_judge.dist, "get_world_size", lambda: 17)
+    with pytest.raises(UserError, match="learns from 16 responses a step, fewer than the 17 ranks; start fewer"):
+        tiny_judge._train(Config(rl={"algorithm": "grpo"}), JudgeConfig(path="tiny:judge"), tiny_judge.TRAINING, None)
