@@ -20,12 +20,11 @@ from ril_engine.discriminator import (
     discriminator_batch,
     encode_for_discriminator,
     new_discriminator,
-    shared_tokens,
 )
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError
 from ril_engine.health import accuracy, auc, health
-from ril_engine.packing import micro_batches
+from ril_engine.packing import micro_batches, shared_tokens
 from ril_engine.runlog import progress
 from ril_kernels import discriminator_loss, similarity_reward
 
@@ -73,7 +72,7 @@ class Adversary:
         """This rank's micro-batches, of which every rank has as many. One without any response (they are too few for
         all ranks) is computed on the first one, which does not count there."""
         rows = encode_for_discriminator(self.tokenizer, self.settings.instruction, texts)
-        shared = shared_tokens(rows)
+        shared = shared_tokens(rows)  # D's instruction, but for what the tokenizer joins with a text
         own, same = [len(row) - shared for row in rows], [0] * len(rows)
         budget, ranks = self.rl.micro_batch_tokens, dist.get_world_size()
         planned = micro_batches(self.rl.packing, same, [shared] * len(rows), own, budget=budget, ranks=ranks)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
 from ril_engine.families import adapt, language_model, only_rows, rms_epsilon, without_final_norm
-from ril_engine.packing import pack
+from ril_engine.packing import pack, padded
 from ril_kernels import DiscriminatorOutput, discriminator_head
 
 # Where checkpoints keep the decoder of a VLM or of a causal LM: Transformers 5, Transformers 4, and hub files.
@@ -144,24 +143,15 @@ def encode_for_discriminator(tokenizer, instruction: str, texts: list[str]) -> l
     return tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 
-def shared_tokens(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with: D's instruction, which no text is cut from, for a tokenizer may join its
-    last letters with the text's first ones. Each row keeps at least one token of its own."""
-    first, last = min(rows), max(rows)  # what these two begin with, all rows do
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
-    return min(common, *(len(row) - 1 for row in rows))
-
-
 def discriminator_batch(
     rows: list[list[int]], pad_id: int, packing: str = "padded", shared: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What `Discriminator` takes: rows padded to the right, or a pack ("packed": each row with its first `shared`
     tokens; "shared": they come once)."""
     if packing == "padded":
-        length = max(map(len, rows))
-        ids = torch.tensor([row + [pad_id] * (length - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask}, torch.arange(len(rows)) * length + mask.sum(-1) - 1
+        inputs = padded(rows, pad_id)
+        lengths = inputs["attention_mask"].sum(-1)
+        return inputs, torch.arange(len(rows)) * inputs["input_ids"].shape[1] + lengths - 1
     prefix = {"input_ids": torch.tensor([rows[0][:shared]])}
     own = [row[shared:] for row in rows]
     inputs, spans = pack([(prefix, own)] if packing == "shared" else [(prefix, [row]) for row in own])

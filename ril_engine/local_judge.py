@@ -6,7 +6,7 @@ N responses, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import groupby, takewhile
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from ril_engine.config import JudgeConfig
 from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs, only_rows, why_not_packable
 from ril_engine.judge import INSTRUCTIONS, OnScore, Text, score_of, user_turn
-from ril_engine.packing import micro_batches, pack
+from ril_engine.packing import micro_batches, pack, padded, shared_tokens
 
 
 class FirstToken(nn.Module):
@@ -192,26 +192,12 @@ def batches(
         yield places, inputs, torch.tensor([start + count - 1 for _, start, count in spans])
 
 
-def padded(rows: list[list[int]], pad_id: int, *, left: bool) -> dict[str, Tensor]:
-    length = max(map(len, rows))
-    out = {"input_ids": [], "attention_mask": []}
-    for row in rows:
-        padding = length - len(row)
-        for name, own, fill in (("input_ids", row, pad_id), ("attention_mask", [1] * len(row), 0)):
-            out[name].append([fill] * padding + own if left else own + [fill] * padding)
-    return {name: torch.tensor(each) for name, each in out.items()}
-
-
 def _prefixes(rows: list[list[int]], keys: list) -> list[int]:
     """For each row, how many tokens all rows of its key begin with; each keeps its last one, at which it is read."""
     members: dict = {}
     for row, key in zip(rows, keys, strict=True):
         members.setdefault(key, []).append(row)
-    shared = {}
-    for key, some in members.items():
-        pairs = zip(min(some), max(some), strict=False)  # what these two begin with, all do
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        shared[key] = min(common, min(map(len, some)) - 1)
+    shared = {key: shared_tokens(some) for key, some in members.items()}
     return [shared[key] for key in keys]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable, Hashable, Sequence
 from heapq import heapify, heapreplace
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -141,6 +142,24 @@ def micro_batches(
     parts = list(members.values())
     planned = plan(groups, budget, ranks)
     return [[[parts[g][i] for g, some in pack for i in some] for pack in packs] for packs in planned]
+
+
+def shared_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with. Each row keeps at least one of its own, at which it is read."""
+    first, last = min(rows), max(rows)  # what these two begin with, all rows do
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False)))
+    return min(common, *(len(row) - 1 for row in rows))
+
+
+def padded(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> dict[str, Tensor]:
+    """Rows of text as input_ids and attention_mask (B, S), padded on one side."""
+    length = max(map(len, rows))
+    out: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": []}
+    for row in rows:
+        padding = length - len(row)
+        for name, own, fill in (("input_ids", row, pad_id), ("attention_mask", [1] * len(row), 0)):
+            out[name].append([fill] * padding + own if left else own + [fill] * padding)
+    return {name: torch.tensor(each) for name, each in out.items()}
 
 
 def pack(

@@ -302,7 +302,8 @@ def honest(handler, *_):
 def test_a_server_receives_exactly_the_data(loopback, mode):
     server = loopback(lambda handler, *_: handler.complete("no" if mode == "yes_no" else "Why.\nScore: 0"))
     texts = [*HOSTILE, "a" * 3 * MAX_CHARACTERS]
-    scores = served(server, mode=mode, max_new_tokens=99)([f"q {t}" for t in texts], [None, *texts[1:]], texts)
+    limit = {"max_new_tokens": 99} if mode == "explain" else {}
+    scores = served(server, mode=mode, **limit)([f"q {t}" for t in texts], [None, *texts[1:]], texts)
     assert scores == [0.0] * len(texts)
     received = []
     for body in server.bodies:

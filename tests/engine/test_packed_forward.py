@@ -13,10 +13,10 @@ from PIL import Image
 
 from ril_engine import families, tiny_models
 from ril_engine.config import ModelConfig
-from ril_engine.discriminator import Discriminator, discriminator_batch, encode_for_discriminator, shared_tokens
+from ril_engine.discriminator import Discriminator, discriminator_batch, encode_for_discriminator
 from ril_engine.errors import UserError
 from ril_engine.models import Encoder, load
-from ril_engine.packing import micro_batches
+from ril_engine.packing import micro_batches, shared_tokens
 from ril_engine.policy import Policy
 from ril_kernels import PackLayout, prefix_attention
 
