@@ -256,7 +256,8 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
         for num in (64, 65_536):
             cases.append(("group_advantages", f"N={num}", partial(group_advantages_case, num, device)))
     for hidden in (896, 2048):
-        for num in (1, 16, 128, 1024, 4096):
+        # The states of 4,096 responses are a GiB.
+        for num in (1, 16, 128, 1024, *((4096,) if full or device == "cuda" else ())):
             shape = (num, hidden, dtype, device)
             cases.append(("discriminator_head", f"N={num} H={hidden}", partial(discriminator_head_case, *shape)))
     rows = 64 if device == "cuda" or full else 8
