@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from pathlib import Path
@@ -90,17 +91,25 @@ class Engine:
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """`loss` is a sum over this micro-batch divided by the global denominator; `last` ends the update's."""
         self.engine.set_gradient_accumulation_boundary(last)
-        self.engine.backward(scaled_for_average(loss, self.world_size), scale_wrt_gas=False)
+        finite = torch.where(loss.detach().isfinite(), 1.0, torch.nan)  # a loss of infinity may have a finite gradient
+        self.engine.backward(scaled_for_average(loss * finite, self.world_size), scale_wrt_gas=False)
 
     def step(self) -> dict[str, float]:
-        """Update the parameters. `grad_norm` is the global one, before clipping."""
+        """Update the parameters. `grad_norm` is the global one, before clipping; where it is not finite, since a loss
+        or gradient of any rank was not, parameters, optimiser and schedule stay as they are."""
         rate = self.engine.get_lr()[0]
-        norm = None
-        if self.engine.zero_optimization_stage() == 0:  # DeepSpeed keeps no norm of unpartitioned float32 gradients
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm() if norm is None else norm
-        return {"grad_norm": float(norm), "learning_rate": rate}
+        if (
+            self.engine.zero_optimization_stage() > 0
+        ):  # DeepSpeed itself skips the update, and its norm is infinite then
+            self.engine.step()
+            return {"grad_norm": float(self.engine.get_global_grad_norm()), "learning_rate": rate}
+        # It keeps no norm of unpartitioned float32 gradients, and would use any.
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None]))
+        if math.isfinite(norm):
+            self.engine.step()
+        else:
+            self.engine.zero_grad()
+        return {"grad_norm": norm, "learning_rate": rate}
 
     def save(self, folder: Path) -> None:
         """Parameters, optimiser and schedule. All ranks call it."""
