@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +22,11 @@ from ril_engine.adversary import pretrain
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError, require_free_disk
+from ril_engine.locks import held
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
 from ril_engine.questions import read_jsonl, training_questions
-from ril_engine.runlog import progress
+from ril_engine.runlog import progress, warn
 
 T = TypeVar("T")
 DONE = "done.json"
@@ -82,26 +84,45 @@ def key_of(name: str, *parts) -> str:
 
 
 def stage(config: Config, name: str, key: str, build: Callable[[Path], None]) -> Path:
-    """The folder of a finished stage, built first if it is missing. All ranks call it; `build` may be collective."""
+    """The folder of a finished stage, built first if it is missing. All ranks call it; `build` may be collective.
+
+    Where another job builds the same one, this job waits for it.
+    """
     folder = config.work_dir / "stages" / f"{name}-{key}"
-    partial = folder.with_name(folder.name + ".partial")
     missing = [not (folder / DONE).exists()]
     if dist.is_initialized():
         dist.broadcast_object_list(missing, src=0)
-    if missing[0]:
-        require_free_disk(config.work_dir, config.min_free_disk_gib)
-        if is_main():
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(folder, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier()
-        build(partial)
-        barrier()
-        if is_main():
-            (partial / DONE).write_text(json.dumps({"stage": name, "key": key, "version": __version__}))
-            os.replace(partial, folder)
-        barrier()
+    if not missing[0]:
+        return folder
+    with ExitStack() as claims:
+
+        def claim() -> bool:
+            def busy(holder: str) -> None:
+                warn(f"stage {folder.name} is being built by {holder}: waiting for it")
+
+            claims.enter_context(held(config.work_dir / "locks" / folder.name, busy))
+            return not (folder / DONE).exists()  # the other job may have finished it
+
+        if on_rank_0(claim):
+            require_free_disk(config.work_dir, config.min_free_disk_gib)
+            _build(folder, {"stage": name, "key": key, "version": __version__}, build)
     return folder
+
+
+def _build(folder: Path, about: dict, build: Callable[[Path], None]) -> None:
+    """Built beside its place and renamed, so that a folder with DONE is whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    build(partial)
+    barrier()
+    if is_main():
+        (partial / DONE).write_text(json.dumps(about))
+        os.replace(partial, folder)
+    barrier()
 
 
 def barrier() -> None:
