@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -132,9 +133,10 @@ class Adversary:
             before = self.logits(batches, count)
             if limit is not None and accuracy(self.scored(before, groups).sigmoid(), labels) >= limit:
                 updates = 0
-        out = {"discriminator/updates": float(updates)}
+        out = {"discriminator/updates": float(updates), "skipped/discriminator": 0.0}
         for _ in range(updates):
             first, out["grad_norm/discriminator"] = self.train(batches, labels, groups)
+            out["skipped/discriminator"] += not math.isfinite(out["grad_norm/discriminator"])
             before = first if before is None else before
         logits = self.scored(self.logits(batches, count) if updates else before, groups)
         rewards, scores = similarity_reward(logits, self.settings.similarity_levels), logits.sigmoid()

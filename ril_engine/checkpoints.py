@@ -1,12 +1,14 @@
 """Checkpoints of a run and how it goes on from them.
 
-RUN_DIR/checkpoints/step-000050/ holds what DeepSpeed keeps of each engine (parameters, optimiser, schedule) and
-state.json. All random numbers of the loop follow from the seed and the step, so nothing else is needed. DeepSpeed
-reads its files with pickle: resume only from folders that you trust.
+RUN_DIR/checkpoints/step-000050/ holds what DeepSpeed keeps of each engine (parameters, optimiser, schedule), state.json
+and, written last, manifest.json: size and SHA-256 of every file. All random numbers of the loop follow from the seed
+and the step, so nothing else is needed. DeepSpeed reads its files with pickle: resume only from folders that you trust.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 import shutil
@@ -16,58 +18,148 @@ import torch.distributed as dist
 
 from ril_engine.engine import Engine
 from ril_engine.errors import UserError
+from ril_engine.runlog import warn
+from ril_engine.stages import together
+
+MANIFEST = "manifest.json"
 
 
-def latest(run_dir: Path) -> Path:
-    """The newest finished checkpoint of a run.
-
-    Raises:
-        UserError: there is no such run, it has ended, or it has no checkpoint.
-    """
+def require_unfinished(run_dir: Path) -> None:
+    """Refuse what is no run, or one that has ended."""
     if not (run_dir / "config.yaml").exists():
         raise UserError(
             f"--resume {run_dir}: no config.yaml there; expected the folder of a run, runs/DATE-ALGORITHM-SEED"
         )
     if (run_dir / "result.json").exists():
         raise UserError(f"--resume {run_dir}: this run has ended, see its result.json; start a new one with --config")
-    found = sorted(path.parent for path in (run_dir / "checkpoints").glob("step-*/state.json"))
-    if not found:
+
+
+def newest_whole(run_dir: Path) -> Path:
+    """The newest checkpoint whose files are as its manifest says. All ranks call it, and each reads a share of them.
+
+    Those after it are renamed to damaged-step-N, with a warning that names what is wrong.
+
+    Raises:
+        UserError: there is none, or none that is whole.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+        damage = [each for some in together(functools.partial(_damage, folder)) for each in some]
+        if damage:
+            damaged[folder] = damage[0]
+            continue
+        for other, what in damaged.items():
+            warn(f"checkpoint {other.name}: {what}; {folder.name} is used, the other is now damaged-{other.name}")
+            if dist.get_rank() == 0:
+                aside = other.with_name(f"damaged-{other.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(other, aside)
+        dist.barrier()
+        return folder
+    if not damaged:
         raise UserError(f"--resume {run_dir}: no checkpoint was saved (rl.save_every); start a new run with --config")
-    return found[-1]
+    wrong = "; ".join(f"{folder.name}: {what}" for folder, what in damaged.items())
+    raise UserError(f"--resume {run_dir}: no checkpoint is whole ({wrong}); start a new run with --config")
 
 
-def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict) -> None:
-    """Keep the state after `step` steps, in place of the one before. All ranks call it; a crash leaves one whole."""
+def _damage(folder: Path) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())
+    except OSError as error:
+        return [f"{MANIFEST} cannot be read ({error.strerror})"]
+    except ValueError:
+        return [f"{MANIFEST} is not JSON"]
+    wrong = []
+    for name, (size, digest) in sorted(files.items())[dist.get_rank() :: dist.get_world_size()]:
+        path = folder / name
+        if not path.exists():
+            wrong.append(f"{name} is missing")
+        elif path.stat().st_size != size:
+            wrong.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
+        elif _sha256(path) != digest:
+            wrong.append(f"{name} has been altered: another SHA-256 than in {MANIFEST}")
+    return wrong
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Have a file or the names in a folder on the disk."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict, keep: int) -> None:
+    """Keep the state after `step` steps, and of those before the newest, `keep` in all. All ranks call it; a crash at
+    any moment leaves those before it whole.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk.
+    """
     root = run_dir / "checkpoints"
     folder, partial = root / f"step-{step:06}", root / "partial"
     if folder.exists():  # resumed from it, and nothing has changed since then
         return
     dist.barrier()  # no rank looks for a folder that another one has begun to replace
+    try:
+        _write(partial, step, engines, before)
+        if dist.get_rank() == 0:
+            os.replace(partial, folder)
+            _sync(root)
+    except (OSError, RuntimeError) as error:  # torch.save names no errno
+        shutil.rmtree(partial, ignore_errors=True)
+        others = sorted(path.name for path in root.glob("step-*"))
+        kept = f"{others[-1]} is kept: go on with --resume {run_dir}" if others else "it would have been the first"
+        why = str(error).splitlines()[0]
+        raise UserError(f"checkpoint {folder}: not written ({why}); free some space; {kept}") from error
+    dist.barrier()
     if dist.get_rank() == 0:
+        for old in sorted(root.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def _write(partial: Path, step: int, engines: dict[str, Engine], before: dict) -> None:
+    """A checkpoint, all of it on the disk; each rank sees to a share of the files."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
+        (partial / "state.json").write_text(json.dumps({"step": step, "world_size": world, "before": before}))
     dist.barrier()
     for name, engine in engines.items():
         engine.save(partial / name)
     dist.barrier()
-    if dist.get_rank() == 0:
-        state = {"step": step, "world_size": dist.get_world_size(), "before": before}
-        (partial / "state.json").write_text(json.dumps(state))
-        os.replace(partial, folder)
-        for old in root.glob("step-*"):
-            if old != folder:
-                shutil.rmtree(old)
-    dist.barrier()
+    mine = sorted(path for path in partial.rglob("*") if path.is_file())[rank::world]
+    for path in mine:
+        _sync(path)
+    shares: list = [None] * world
+    dist.all_gather_object(
+        shares, {str(path.relative_to(partial)): (path.stat().st_size, _sha256(path)) for path in mine}
+    )
+    if rank == 0:
+        files = {name: about for share in shares for name, about in share.items()}
+        (partial / MANIFEST).write_text(json.dumps(files, indent=1, sort_keys=True))
+        for path in (partial / MANIFEST, *(path for path in partial.rglob("*") if path.is_dir()), partial):
+            _sync(path)
 
 
-def load(run_dir: Path, engines: dict[str, Engine]) -> tuple[int, dict]:
-    """Bring the engines to the newest checkpoint; returns its step and the evaluation from before the run."""
-    folder = latest(run_dir)
+def load(folder: Path, engines: dict[str, Engine]) -> tuple[int, dict]:
+    """Bring the engines to a checkpoint; returns its step and the evaluation from before the run."""
     state = json.loads((folder / "state.json").read_text())
     if state["world_size"] != dist.get_world_size():
-        raise UserError(
-            f"--resume {run_dir}: saved by {state['world_size']} ranks, got {dist.get_world_size()}; start as many"
-        )
+        run_dir, ranks = folder.parents[1], state["world_size"]
+        raise UserError(f"--resume {run_dir}: saved by {ranks} ranks, got {dist.get_world_size()}; start as many")
     for name, engine in engines.items():
         engine.load(folder / name)
     return state["step"], state["before"]

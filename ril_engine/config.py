@@ -293,7 +293,11 @@ class RLConfig(Section):
         8192, description="tokens per forward and rank, padding included; a longer sequence gets a forward of its own"
     )
     train_vision_tower: bool = False
-    save_every: int = Field(50, ge=0, description="steps between checkpoints, of which the last is kept; 0: none")
+    save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only where a signal stops the run")
+    keep_checkpoints: Count = Field(2, description="how many of them, the newest")
+    max_skipped_steps: Count = Field(
+        5, description="steps in a row with an update skipped, since its loss or gradient was not finite; then it stops"
+    )
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
 
 

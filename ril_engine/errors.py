@@ -31,7 +31,9 @@ def require_free_disk(folder: Path, gib: float) -> None:
 
 
 def exit_code(job: Callable[[], dict]) -> int:
-    """Run `job` and print its result as the last line of stdout, as JSON: 0. UserError or a full disk: one line, 2."""
+    """Run `job` and print its result as the last line of stdout, as JSON: 0. UserError or a full disk: one line, 2;
+    Ctrl-C: one line, 130."""
+    code = 2
     try:
         result = job()
     except UserError as error:
@@ -41,13 +43,15 @@ def exit_code(job: Callable[[], dict]) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         message = f"no free disk{where} ({error.strerror}); free some space and start again: finished stages are kept"
+    except KeyboardInterrupt:
+        message, code = "stopped by SIGINT; finished stages and checkpoints are kept", 130
     else:
         if rank() == 0:
             print(json.dumps(result), flush=True)
         return 0
     if _first_to_tell():
         print(f"error: {message}", file=sys.stderr, flush=True)
-    return 2
+    return code
 
 
 def leave(code: int) -> int:

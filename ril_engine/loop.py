@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import set_seed
 
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config
@@ -166,6 +167,7 @@ class Loop:
             prepared.append((batch, settings, sampler))
         self.policy.train()
         out: dict[str, Metric] = {}
+        skipped = 0  # updates
         gap, sampled = 0.0, 0  # how far the trainer's own log-probs are from the sampler's, over what both have
         for update in range(rl.updates_per_step):
             metrics, total = [], 0.0
@@ -182,6 +184,7 @@ class Loop:
                 metrics.append(record)
                 total += float(loss.detach())
             norms = self.student.step()
+            skipped += not math.isfinite(norms["grad_norm"])
             tokens = sum(int(m.num_tokens) for m in metrics)
             computed = sum(int(m.num_computed) for m in metrics)  # what the means of a record are over
             mean = {
@@ -198,6 +201,7 @@ class Loop:
                 mean["kl"] = (sum(float(m.kl) * int(m.num_kl_tokens) for m in metrics), kl_tokens)
             out = {"loss/policy": total * self.world, "tokens": tokens, "sampler/gap": (gap, sampled), **mean}
             out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
+            out["skipped/student"] = float(skipped)
         return out
 
     def _of_all_ranks(self, values: list) -> list:
@@ -210,6 +214,9 @@ class Loop:
     ) -> tuple[dict[str, Metric], list[dict]]:
         """One step of Algorithm 2 with this rank's questions: sample, update D, score, update the student."""
         mine, error = [], None
+        set_seed(
+            seed_of(self.config.seed, 4, step, self.rank) % 2**32
+        )  # for what draws without a generator, as dropout does
         try:
             with timer.phase("rollout"):
                 mine = self.rollout(step, questions)

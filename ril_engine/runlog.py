@@ -98,12 +98,12 @@ def warn(message: str) -> None:
 
 
 class RunLog(AbstractContextManager):
-    """metrics.jsonl, samples.jsonl and tensorboard/ of one run, and a line on stderr per step.
+    """metrics.jsonl, samples.jsonl, skipped.jsonl and tensorboard/ of one run, and a line on stderr per step.
 
     What is said of the discriminator's health is a second line, and the step's "warning" in metrics.jsonl.
 
     `resume_step` is the last step to keep: later lines, which a crashed run wrote after its last checkpoint,
-    are dropped. 0 starts all three afresh. `enabled=False`, for ranks other than 0, writes nothing.
+    are dropped. 0 starts all of them afresh. `enabled=False`, for ranks other than 0, writes nothing.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int = 0, total_steps: int | None = None, enabled: bool = True):
@@ -119,6 +119,7 @@ class RunLog(AbstractContextManager):
         for row in read_jsonl(run_dir / "metrics.jsonl"):  # what was warned of before is not said again
             self._watch(row["metrics"])
         self._samples = self._open(run_dir / "samples.jsonl", resume_step)
+        self._skipped = self._open(run_dir / "skipped.jsonl", resume_step)
         purge = resume_step + 1 if resume_step else 0  # TensorBoard hides this step and all later ones
         self._tensorboard = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge, flush_secs=10)
 
@@ -149,10 +150,16 @@ class RunLog(AbstractContextManager):
             return
         self._samples.write("".join(_json_line(row) for row in rows))
 
+    def skipped(self, step: int, updates: list[str], questions: list[str]) -> None:
+        """The ids of the questions of a step without an update of the student or of the discriminator."""
+        warn(f"step {step}: no update of {' and '.join(updates)}, the loss or its gradient was not finite")
+        if self._enabled:
+            self._skipped.write(_json_line({"step": step, "updates": updates, "questions": questions}))
+
     def close(self) -> None:
         if not self._enabled:
             return
-        for file in (self._metrics, self._samples, self._tensorboard):
+        for file in (self._metrics, self._samples, self._skipped, self._tensorboard):
             file.close()
 
     def __exit__(self, *_) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from ril_engine.config import Config, load_config
 from ril_engine.engine import init_distributed
 from ril_engine.errors import OutsideError, UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
+from ril_engine.locks import held
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.models import require_packable_student
 from ril_engine.questions import evaluation_questions
@@ -30,6 +32,7 @@ from ril_engine.report import write_report
 from ril_engine.rewards import require_functions
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 from ril_engine.saved_responses import all_responses, taught_questions
+from ril_engine.stopping import Stop
 from ril_engine.teacher_scores import scored_responses
 from ril_engine.tiny_judge import with_judges
 
@@ -50,25 +53,39 @@ def prepare(config: Config, data_dir: Path, data_key: str):
 def train(config: Config, resume: Path | None = None) -> dict:
     """The whole job, or the rest of the one in the folder `resume`; returns what is printed as the last line."""
     init_distributed()
+    with ExitStack() as claims:  # the run's folder is this process's until the end
+        return _train(config, resume, claims)
+
+
+def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
     began, rank, world, rl = time.time(), dist.get_rank(), dist.get_world_size(), config.rl
     if rl.questions_per_step % world:
         raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
     if rl.packing != "padded":
         require_packable_student(config.student)
     require_functions(config)
+    if resume:
+        _claim(resume, claims)
+        checkpoints.require_unfinished(resume)  # it may have ended just now
+        checkpoint = checkpoints.newest_whole(resume)
     data_dir, data_key = stages.data(config)
     test = evaluation_questions(config, data_dir)  # before anything slow
     trained = with_judges(config)  # not in the run's own settings, which name no stage
     student_path, rows, saved, d_path = prepare(trained, data_dir, data_key)
 
     loop = Loop(trained, data_dir, student_path, saved, d_path)
-    run_dir = resume or _new_run(config)
-    done, before = checkpoints.load(run_dir, loop.engines) if resume else (0, None)
+    run_dir = resume or _new_run(config, claims)
+    done, before = checkpoints.load(checkpoint, loop.engines) if resume else (0, None)
     judged = (config, loop.policy.model, loop.encoder, test)
     before = before or evaluate(*judged, "evaluation before", run_dir / "evaluation_before.jsonl")
-    timer = PhaseTimer()
+    timer, stopped, skipped = PhaseTimer(), None, 0
+
+    def keep(step: int) -> None:
+        checkpoints.save(run_dir, step, loop.engines, before, rl.keep_checkpoints)
+
     with (
         closing(loop.rewards),
+        Stop() as stop,
         RunLog(run_dir, resume_step=done, total_steps=rl.steps, enabled=rank == 0) as log,
         progress(rl.steps, rl.algorithm, completed=done, enabled=rank == 0) as advance,
     ):
@@ -77,18 +94,39 @@ def train(config: Config, resume: Path | None = None) -> dict:
             try:
                 metrics, responses = loop.step(step, [(i, rows[i]) for i in mine], timer)
             except OutsideError as error:
-                checkpoints.save(run_dir, step, loop.engines, before)
+                keep(step)
                 raise UserError(f"{error}; the {step} steps before it are saved: --resume {run_dir} goes on") from error
             metrics, seconds = average(metrics), timer.pop()
             metrics["tokens_per_second"] = metrics.pop("tokens") / seconds["step"]
             log.step(step + 1, metrics, seconds)
             if step % rl.samples_every == 0 or step == rl.steps - 1:
                 log.samples([_sample(step + 1, responses)])
-            if rl.save_every and (step + 1) % rl.save_every == 0 and step + 1 < rl.steps:
+            updates = [name for name in loop.engines if metrics[f"skipped/{name}"]]
+            skipped = skipped + 1 if updates else 0
+            if updates:
+                log.skipped(step + 1, updates, [rows[i]["id"] for i in scheduled(config, rows, step)])
+            due = rl.save_every and (step + 1) % rl.save_every == 0
+            if due:
                 require_free_disk(config.work_dir, config.min_free_disk_gib)
-                checkpoints.save(run_dir, step + 1, loop.engines, before)
+                keep(step + 1)
                 timer.pop()  # no phase of the next step
             advance(1)
+            stopped = stop.agreed()
+            if stopped or skipped == rl.max_skipped_steps:
+                keep(step + 1)
+                break
+    if stopped:
+        if rank == 0:
+            print(
+                f"{stopped}: stopped after step {step + 1} of {rl.steps}: --resume {run_dir} goes on", file=sys.stderr
+            )
+        return {"stopped": stopped, "steps": step + 1, "run_dir": str(run_dir)}
+    if skipped == rl.max_skipped_steps:
+        raise UserError(
+            f"{skipped} steps in a row (rl.max_skipped_steps) without an update of {' and '.join(updates)}, whose loss "
+            f"or gradient was not finite; their questions are in {run_dir / 'skipped.jsonl'}; lower the learning rate "
+            f"or look at these questions; --resume {run_dir} goes on after step {step + 1}"
+        )
     after = evaluate(*judged, "evaluation after", run_dir / "evaluation_after.jsonl")
     if rank == 0:
         require_free_disk(config.work_dir, config.min_free_disk_gib)
@@ -108,13 +146,23 @@ def train(config: Config, resume: Path | None = None) -> dict:
     if rank == 0:
         loop.policy.model.save_pretrained(run_dir / "student")
         loop.encoder.processor.save_pretrained(run_dir / "student")
-        (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+        (run_dir / "result.tmp").write_text(json.dumps(result, indent=1))
+        os.replace(run_dir / "result.tmp", run_dir / "result.json")  # what says that the run has ended is whole
         write_report(run_dir, data_dir)
         accuracy_table(before, after)
     return result
 
 
-def _new_run(config: Config) -> Path:
+def _claim(run_dir: Path, claims: ExitStack) -> None:
+    """Refuse a folder that another process works in."""
+
+    def busy(holder: str) -> None:
+        raise UserError(f"run {run_dir}: in use by {holder}; let it end, or stop it by SIGTERM and --resume then")
+
+    stages.on_rank_0(lambda: claims.enter_context(held(run_dir / "lock", busy)))
+
+
+def _new_run(config: Config, claims: ExitStack) -> Path:
     """A folder of its own for this run, with the resolved settings; the same on all ranks."""
     made = [None]
     if dist.get_rank() == 0:
@@ -124,6 +172,7 @@ def _new_run(config: Config) -> Path:
         made[0].chmod(0o755)
         (made[0] / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     dist.broadcast_object_list(made, src=0)
+    _claim(made[0], claims)
     return made[0]
 
 
@@ -143,7 +192,7 @@ def run(arguments: argparse.Namespace) -> dict:
         return train(load_config(arguments.config, arguments.set))
     if arguments.set:
         raise UserError(f"--set {arguments.set[0]}: a resumed run keeps its settings; start a new one with --config")
-    checkpoints.latest(arguments.resume)  # before anything slow
+    checkpoints.require_unfinished(arguments.resume)
     return train(load_config(arguments.resume / "config.yaml"), arguments.resume)
 
 

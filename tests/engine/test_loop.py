@@ -2,7 +2,9 @@
 
 import json
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -272,23 +274,28 @@ def test_a_checkpoint_brings_both_engines_back(job, tmp_path):
     loop = make()
     loop.step(0, questions, PhaseTimer())
     (tmp_path / "config.yaml").touch()
-    checkpoints.save(tmp_path, 1, loop.engines, {"greedy": 0.5})
-    expected = average(loop.step(1, questions, PhaseTimer())[0])
+    checkpoints.save(tmp_path, 1, loop.engines, {"greedy": 0.5}, keep=1)
+
+    def draws() -> tuple:  # what a dropout or a reward function of the user's may draw from
+        return random.random(), np.random.random(), float(torch.rand(()))
+
+    expected = average(loop.step(1, questions, PhaseTimer())[0]), draws()
     fresh = make()
-    assert checkpoints.load(tmp_path, fresh.engines) == (1, {"greedy": 0.5})
-    got = average(fresh.step(1, questions, PhaseTimer())[0])
+    assert checkpoints.load(checkpoints.newest_whole(tmp_path), fresh.engines) == (1, {"greedy": 0.5})
+    got = average(fresh.step(1, questions, PhaseTimer())[0]), draws()
     assert got == expected
-    checkpoints.save(tmp_path, 2, fresh.engines, {"greedy": 0.5})
+    checkpoints.save(tmp_path, 2, fresh.engines, {"greedy": 0.5}, keep=1)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
 
 
+@pytest.mark.usefixtures("alone")
 def test_what_cannot_be_resumed_is_said(tmp_path):
     with pytest.raises(UserError, match=r"no config.yaml there; expected the folder of a run"):
-        checkpoints.latest(tmp_path)
+        checkpoints.require_unfinished(tmp_path)
     (tmp_path / "config.yaml").touch()
     (tmp_path / "checkpoints" / "partial").mkdir(parents=True)  # a crash while saving
     with pytest.raises(UserError, match=r"no checkpoint was saved \(rl.save_every\)"):
-        checkpoints.latest(tmp_path)
+        checkpoints.newest_whole(tmp_path)
     (tmp_path / "result.json").touch()
     with pytest.raises(UserError, match="this run has ended"):
-        checkpoints.latest(tmp_path)
+        checkpoints.require_unfinished(tmp_path)

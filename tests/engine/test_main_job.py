@@ -13,39 +13,7 @@ import pytest
 from ril_engine import cli, tiny_models
 from ril_engine.errors import exit_code
 from ril_engine.judge import INSTRUCTIONS
-
-ROOT = Path(__file__).parents[2]
-DEEPSPEED = Path(sys.executable).parent / "deepspeed"
-SETTINGS = """
-work_dir: {work_dir}
-teachers:
-  - {{name: qwen, path: "tiny:qwen_teacher"}}
-  - {{name: internvl, path: "tiny:internvl_teacher"}}
-data: {{digits: {{train_questions: 18, validation_questions: 9, test_questions: 9, sft_questions: 60}}}}
-sft: {{steps: 2, batch_size: 8, learning_rate: 2.0e-3}}
-teacher_sft: {{steps: 2, batch_size: 8, learning_rate: 2.0e-3}}
-sampling: {{max_new_tokens: 8, batch_size: 64}}
-responses: {{per_question: 2}}
-discriminator: {{pretrain: {{steps: 2, batch_size: 8, learning_rate: 3.0e-4}}, learning_rate: 1.0e-4}}
-rl: {{steps: 2, questions_per_step: 4, learning_rate: 1.0e-4, updates_per_step: 2, samples_every: 1, save_every: 1}}
-"""
-
-
-def run(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
-    launcher = [DEEPSPEED, "--num_accelerators", str(ranks), "--master_port", "29711", "ril_engine/train.py"]
-    return subprocess.run([*launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-
-def last_json(done: subprocess.CompletedProcess) -> dict:
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(lines[-1])
-
-
-def metrics(result: dict) -> list[dict]:
-    lines = (Path(result["run_dir"]) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line)["metrics"] for line in lines]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+from tests.engine.jobs import ROOT, SETTINGS, last_json, metrics, run
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +48,9 @@ def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
     first = finished[2]
     stopped = tmp_path / "stopped"
     shutil.copytree(first["run_dir"], stopped)
-    (stopped / "result.json").unlink()  # as if it had died in step 2; the checkpoint is of step 1
-    assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["step-000001"]
+    (stopped / "result.json").unlink()  # as if it had died in step 2
+    assert sorted(path.name for path in (stopped / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    shutil.rmtree(stopped / "checkpoints" / "step-000002")
     (stopped / "metrics.jsonl").write_text((stopped / "metrics.jsonl").read_text()[:-40])
     resumed = last_json(run("--resume", stopped, ranks=2))
     assert metrics(resumed) == metrics(first)

@@ -1,0 +1,72 @@
+"""A run that is asked to stop: SIGTERM or SIGINT let it finish its step; a second one ends it at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from contextlib import AbstractContextManager
+from time import monotonic
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from ril_engine.errors import rank
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SAME_REQUEST_S = 1.0  # Ctrl-C or a batch system signals a whole job: a rank hears of it twice, once by its launcher
+
+
+class Stop(AbstractContextManager):
+    """While entered, a signal asks for a stop, and one that comes more than a second later ends the process.
+
+    A thread reads signals as they come: Python's handlers run in the main thread, which may wait for another rank.
+    """
+
+    def __init__(self):
+        self._asked: int = 0
+
+    def __enter__(self) -> Stop:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers = {each: signal.signal(each, lambda *_: None) for each in SIGNALS}
+        threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        for each, handler in self._handlers.items():
+            signal.signal(each, handler)
+        signal.set_wakeup_fd(self._wakeup)
+        os.close(self._write)  # ends the thread
+
+    def _watch(self) -> None:
+        first = 0.0
+        while number := os.read(self._read, 1):
+            if number[0] not in SIGNALS:
+                continue
+            if not self._asked:
+                self._asked, first = number[0], monotonic()
+                if rank() == 0:
+                    name = signal.Signals(self._asked).name
+                    print(f"{name}: the run stops after this step, another signal stops it at once", file=sys.stderr)
+            if monotonic() - first > SAME_REQUEST_S or _bereft():
+                os._exit(128 + number[0])
+        os.close(self._read)
+
+    def agreed(self) -> str | None:
+        """The name of the signal that any rank was sent. All ranks call it after the same step."""
+        asked = torch.tensor(self._asked)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        return signal.Signals(int(asked)).name if asked else None
+
+
+def _bereft() -> bool:
+    """Has another rank of this machine ended? DeepSpeed's launcher then sends SIGTERM to the rest, one by one, and
+    waits 30 s for each, which may be inside a collective that never ends."""
+    if "LOCAL_SIZE" not in os.environ:  # no launcher
+        return False
+    ranks = psutil.Process(os.getppid()).children()
+    return sum(each.status() != psutil.STATUS_ZOMBIE for each in ranks) < int(os.environ["LOCAL_SIZE"])
