@@ -87,6 +87,19 @@ def _compare(arguments) -> dict:
     return compare(arguments.runs, arguments.against)
 
 
+def _plan(arguments) -> dict:
+    from ril_engine.config import load_config
+    from ril_engine.plan import plan, show
+
+    config = load_config(arguments.config, arguments.set)
+    for name, value in (("--gpus", arguments.gpus), ("--gpu-memory", arguments.gpu_memory)):
+        if value <= 0:
+            raise UserError(f"{name} {value:g}: expected a number above 0; give what one node or the whole job has")
+    result = plan(config, gpus=arguments.gpus, gpu_memory_gib=arguments.gpu_memory, gpu=arguments.gpu)
+    show(result)
+    return result
+
+
 STAGES = {
     "data": (_data, "build the digits task, or check a folder of data"),
     "sft": (_sft, "supervised training of the student"),
@@ -115,6 +128,12 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--student", metavar="PATH", help="a checkpoint; default: the student after SFT")
     train = commands.add_parser("train", help="everything above, then the RIL loop (train.py)")
     add_run_arguments(train)
+    plan = commands.add_parser("plan", help="whether a config fits its GPUs, and the least time of a step")
+    plan.add_argument("--config", required=True, help="a YAML file, such as configs/digits.yaml")
+    plan.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    plan.add_argument("--gpus", type=int, required=True, help="ranks of the job, one GPU each")
+    plan.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each GPU")
+    plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200; default: h100")
     report = commands.add_parser("report", help="draw report.html of a run again")
     report.add_argument("run_dir", type=Path)
     compare = commands.add_parser("compare", help="held-out accuracy of runs against others, with an interval")
@@ -125,8 +144,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict:
-    if arguments.command in ("report", "compare"):
-        return {"report": _report, "compare": _compare}[arguments.command](arguments)
+    if arguments.command in ("plan", "report", "compare"):
+        return {"plan": _plan, "report": _report, "compare": _compare}[arguments.command](arguments)
     if arguments.command == "train":
         from ril_engine.train import run
 

@@ -306,6 +306,13 @@ class DeepSpeedConfig(Section):
     bf16: bool = False
 
 
+class PlanConfig(Section):
+    """What `ril plan` takes for a question; the other sizes are those of the sections that it plans."""
+
+    text_tokens: Annotated[int, Field(ge=2)] = Field(128, description="of a question with its chat turns")
+    image_tokens: int = Field(1024, ge=0, description="of its picture, after the vision tower; 0: none")
+
+
 class EvaluationConfig(Section):
     split: Literal["test", "validation"] = Field("test", description="validation while settings are being chosen")
     questions: int = Field(0, ge=0, description="how many of the split's questions; 0: all")
@@ -328,6 +335,7 @@ class Config(Section):
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    plan: PlanConfig = PlanConfig()
     answer_rewards: list[AnswerRewardConfig] = Field(
         [VerifierConfig()], description="their weighted sum is the answer reward; [] for none"
     )

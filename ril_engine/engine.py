@@ -44,6 +44,13 @@ def to_deepspeed(config: DeepSpeedConfig, max_grad_norm: float) -> dict:
     }
 
 
+def zero_settings(config: DeepSpeedConfig):
+    """DeepSpeed's own ZeRO settings as they will be, its defaults included."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return DeepSpeedZeroConfig(**to_deepspeed(config, max_grad_norm=1.0)["zero_optimization"])
+
+
 def scaled_for_average(loss_sum: torch.Tensor, world_size: int) -> torch.Tensor:
     """DeepSpeed averages gradients over ranks; a loss already divided by a global denominator wants their sum."""
     return loss_sum * world_size

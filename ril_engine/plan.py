@@ -1,0 +1,396 @@
+"""`ril plan`: whether a config fits its GPUs, and the least time that a step can take. It needs no GPU and no weights.
+
+The phases of a step run as in loop.py on tensors without contents (ledger.py), with the longest responses that the
+config allows, on the micro-batch that has most tokens. What DeepSpeed holds besides is allocated as its stages do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ril_engine.config import Config
+from ril_engine.discriminator import Discriminator, discriminator_batch
+from ril_engine.engine import zero_settings
+from ril_engine.families import adapt, language_model, use_liger
+from ril_engine.gpus import GPU, gpu_named
+from ril_engine.ledger import Ledger, counted
+from ril_engine.packing import micro_batches
+from ril_engine.plan_models import Questions, as_on_gpu, fake_model, model_config
+from ril_engine.policy import Policy
+from ril_engine.rollout.engine import PREFILL_TOKENS, Rollout
+from ril_kernels.token_logprob import memory
+
+OWN = "activations and temporaries"  # of a phase: gradients, logits, buckets
+CHARACTERS_PER_TOKEN = 4  # of D's instruction, whose tokenizer is not at hand
+REDUCED_TOGETHER = 500_000_000  # gradients of one all-reduce without ZeRO: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
+CHAT_TOKENS = 24  # of D's two turns and the marks around a response
+
+
+@dataclass
+class Phase:
+    """Bytes on a GPU at the phase's worst moment and by what they hold, and seconds over a step."""
+
+    name: str
+    peak: int
+    parts: dict[str, int]
+    seconds: float
+
+
+class Trained:
+    """A module and what DeepSpeed's engine and AdamW hold for it on one of `ranks` GPUs."""
+
+    def __init__(self, module: nn.Module, config: Config, ledger: Ledger, ranks: int):
+        self.module, self.ledger, self.ranks = module, ledger, ranks
+        self.parameters = [each for each in module.parameters() if each.requires_grad]
+        self.count = sum(each.numel() for each in self.parameters)
+        self.bytes_each = self.parameters[0].element_size()
+        self.zero = zero_settings(config.deepspeed)
+        self.stage, self.bf16 = config.deepspeed.zero_stage, config.deepspeed.bf16
+        self.like = self.parameters[0].detach()
+        self.share = -(-self.count // ranks) if self.stage or self.bf16 else self.count  # of the optimiser's parameters
+        self.gradient_dtype = torch.float32 if self.bf16 else None  # None: the weights'
+        self.owned: Tensor | None = None  # stage 2's gradients of this rank's share
+        before = ledger.live
+        if self.stage or self.bf16:
+            self.master = self.new(self.share, torch.float32).requires_grad_()
+            updated = [self.master]
+        else:
+            updated = self.parameters
+        # bf16 below stage 2: gradients are added up in float32, whole
+        self.added = self.new(self.count, torch.float32) if self.bf16 and self.stage < 2 else None
+        self.optimizer = torch.optim.AdamW(updated, lr=1e-6, foreach=ledger.device == "meta")
+        if self.stage or self.bf16:
+            self._update()
+        else:
+            self.update_once()
+        self.held = ledger.live - before
+
+    def new(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.like.new_empty(count, dtype=dtype)
+
+    def update_once(self) -> None:
+        """So that AdamW has its states."""
+        for each in self.parameters:
+            each.grad = torch.empty_like(each)
+        self._update()
+
+    def _update(self) -> None:
+        if self.stage or self.bf16:
+            self.master.grad = self.new(self.share, torch.float32)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Where gradients go while a backward runs: DeepSpeed's bucket, and from stage 2 on a share of them."""
+        handles, held, filled = [], [], 0
+        bucket = int(self.zero.reduce_bucket_size)
+
+        def reduced(parameter: Tensor) -> None:
+            nonlocal filled
+            parameter.grad, filled = None, filled + parameter.numel()
+            if self.stage == 2 and filled > bucket and self.owned is None:
+                self.owned = self.new(self.share, self.gradient_dtype)
+
+        if self.stage:
+            held.append(self.new(bucket))
+        if self.stage == 2 or self.added is not None:
+            handles = [each.register_post_accumulate_grad_hook(reduced) for each in self.parameters]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if self.stage == 2 and self.owned is None:  # the bucket held all of them until now
+            self.owned = self.new(self.share, self.gradient_dtype)
+
+    def step(self) -> None:
+        if self.stage == 0 and self.added is None and self.ranks > 1:  # a bucket of gradients for each all-reduce
+            self.new(min(self.count, REDUCED_TOGETHER))
+        self._update()
+        self.owned = None
+        for each in self.parameters:
+            each.grad = None
+
+    def exchanged(self) -> float:
+        """Bytes that a GPU sends in one update: gradients to their owners, and what those have made of them back."""
+        return 2 * (self.ranks - 1) / self.ranks * self.count * self.bytes_each
+
+
+class Plan:
+    """The parts of a run as loop.py holds them, on one of `ranks` GPUs, and its phases."""
+
+    def __init__(self, config: Config, ranks: int, gpu: GPU, device: str = "meta"):
+        """`device`: "meta" for a GPU, "cpu" for ranks that have none."""
+        self.config, self.ranks, self.gpu, self.device = config, ranks, gpu, device
+        self.on_gpu = device == "meta"
+        rates = {torch.bfloat16: gpu.bf16_flops_per_s, torch.float32: gpu.float32_flops_per_s}
+        self.ledger = ledger = Ledger(device, rates, gpu.bytes_per_s)
+        self.hf_config = model_config(config.student)
+        self.dtype = torch.bfloat16 if config.deepspeed.bf16 else torch.float32
+        rl = config.rl
+        self.teachers = rl.algorithm in ("ril", "sft")
+        self.samples = rl.algorithm != "sft"
+        self.model = fake_model(self.hf_config, ledger, self.dtype)
+        # Loop copies the reference before DeepSpeed casts the student
+        referenced = rl.beta > 0 and rl.algorithm != "sft"
+        self.reference = fake_model(self.hf_config, ledger, torch.float32) if referenced else None
+        adversarial = rl.algorithm == "ril" and config.discriminator.use != "none"
+        self.judged = self._discriminator() if adversarial else None
+        self.decoders = [language_model(each) for each in (self.model, self.reference) if each is not None]
+        self.decoders += [] if self.judged is None else [self.judged.language_model]
+
+    def _discriminator(self) -> Discriminator:
+        decoder = language_model(fake_model(self.hf_config, self.ledger, self.dtype))
+        weight = decoder.norm.weight
+        decoder.norm.weight = nn.Parameter(torch.ones(weight.shape))  # what kind of norm it is is read from results
+        module = Discriminator(decoder, self.config.discriminator.temperature)
+        decoder.norm.weight = weight
+        if module.score.eps is not None:
+            module.score.norm_weight = weight
+        with self.ledger.fake:
+            module.score.weight = nn.Parameter(torch.empty(1, len(weight), dtype=self.dtype, device=self.device))
+            module.score.bias = nn.Parameter(torch.empty(1, dtype=self.dtype, device=self.device))
+        return module.requires_grad_(self.config.discriminator.use == "updated")
+
+    def phases(self) -> list[Phase]:
+        """Of a step, in their order.
+
+        Raises:
+            UserError: a setting that the loop would refuse, too.
+        """
+        gpu_only = as_on_gpu(self.decoders) if self.on_gpu else nullcontext()
+        memory.release()
+        with gpu_only, counted(self.ledger):
+            try:
+                return self._phases()
+            finally:
+                memory.release()
+
+    def _phases(self) -> list[Phase]:
+        config, rl, ledger = self.config, self.config.rl, self.ledger
+        for decoder in self.decoders:
+            adapt(decoder, rl.packing)
+            if self.on_gpu and rl.packing != "padded" and not torch.cuda.is_available():
+                use_liger(decoder)
+        ledger.hold([*self.model.parameters(), *self.model.buffers()])
+        held = {"student": ledger.live}
+        if not rl.train_vision_tower:
+            name = "vision_tower" if hasattr(self.model.model, "vision_tower") else "visual"
+            self.model.model.get_submodule(name).requires_grad_(False)
+        policy = Policy(self.model).train()
+        plan = config.plan
+        self.questions = Questions(self.hf_config, self.model.base_model, plan.text_tokens, plan.image_tokens)
+        student = Trained(policy, config, ledger, self.ranks)
+        held["optimiser"] = student.held
+        reference = None
+        if self.reference is not None:
+            before = ledger.live
+            ledger.hold([*self.reference.parameters(), *self.reference.buffers()])
+            reference = Policy(self.reference).requires_grad_(False).eval()
+            held["reference"] = ledger.live - before
+        judge = None
+        if self.judged is not None:
+            before = ledger.live
+            ledger.hold([*self.judged.parameters(), *self.judged.buffers()])
+            judge = Trained(self.judged, config, ledger, self.ranks) if rl and self._updates_d else None
+            held["discriminator"] = ledger.live - before
+        phases = []
+        if self.samples:
+            phases.append(self._rollout(held))
+        if self.judged is not None:
+            phases.append(self._discriminate(judge, held))
+        phases += self._update_policy(student, reference, held)
+        return phases
+
+    @property
+    def _updates_d(self) -> bool:
+        return self.config.discriminator.use == "updated"
+
+    def _phase(self, name: str, held: dict[str, int], work: Callable[[], float | None]) -> Phase:
+        """`work` returns how often a step does it."""
+        self.ledger.restart()
+        times = work()
+        parts = dict(held) | {OWN: self.ledger.peak - sum(held.values())}
+        return Phase(name, self.ledger.peak, parts, self.ledger.seconds * (1 if times is None else times))
+
+    def _there(self, values):
+        return tree_map_only(Tensor, lambda each: each.to(self.device), values)
+
+    def _responses(self) -> int:
+        """Of a question, over student and teachers."""
+        return self.config.rl.group_size * (self.samples + self.teachers)
+
+    def _largest(self, keys: list[int], prefix: list[int], own: list[int]) -> tuple[list[int], float]:
+        """The responses of this step's largest micro-batch, and how many such a rank computes."""
+        rl = self.config.rl
+        planned = micro_batches(rl.packing, keys, prefix, own, budget=rl.micro_batch_tokens, ranks=self.ranks)
+        largest = max((part for rank in planned for part in rank), key=len)
+        return largest or [0], sum(map(len, planned[0])) / max(1, len(largest))
+
+    def _rollout(self, held: dict[str, int]) -> Phase:
+        config, ledger = self.config, self.ledger
+        self.model.eval()
+        count = -(-config.rl.questions_per_step // self.ranks)
+        prompts = [self.questions.prompt({})] * count
+        tokens = prompts[0]["input_ids"].shape[1]
+        group, limit = config.rl.group_size, config.sampling.max_new_tokens
+
+        def work() -> None:
+            sampler = Rollout(self.model, self.questions, config.sampling)
+            sampler.graphs.keep = lambda tensors: None  # no address to keep
+            before = ledger.live
+            with torch.no_grad():
+                sampler._prepare(prompts, group, seed=0)
+                held["cache"] = ledger.live - before
+                slots, _, longest, own = sampler._shape
+                entering = min(slots, max(1, PREFILL_TOKENS // tokens))
+                sampler._prefill([(slot, slot, prompts[0]) for slot in range(entering)], greedy=False)
+                prefills = ledger.seconds * count / entering
+                ledger.seconds = 0.0
+                sampler.step(slots * group, longest, own, greedy=False)
+            ledger.seconds = prefills + ledger.seconds * limit * count / slots
+            self.sampler = sampler
+
+        return self._phase("rollout", held, work)
+
+    def _discriminate(self, trained: Trained | None, held: dict[str, int]) -> Phase:
+        config, module = self.config, self.judged
+        shared = CHAT_TOKENS + len(config.discriminator.instruction) // CHARACTERS_PER_TOKEN
+        count = config.rl.questions_per_step * self._responses()
+        length = config.sampling.max_new_tokens
+        part, times = self._largest([0] * count, [shared] * count, [length] * count)
+        rows = [[1] * (shared + length) for _ in part]
+        inputs = self._there(discriminator_batch(rows, 0, config.rl.packing, shared))
+
+        def work() -> float:
+            labels = self._there(torch.ones(len(part), dtype=torch.bool))
+            if trained is not None:
+                module.train()
+                with trained.backward():
+                    module(*inputs, labels=labels, norm=float(count)).loss.backward()
+                trained.step()
+            module.eval()
+            with torch.no_grad():
+                module(*inputs)
+            return times
+
+        phase = self._phase("discriminator", held, work)
+        phase.seconds += trained.exchanged() / self.gpu.link_bytes_per_s if trained is not None else 0.0
+        return phase
+
+    def _update_policy(self, student: Trained, reference: Policy | None, held: dict[str, int]) -> list[Phase]:
+        config, rl = self.config, self.config.rl
+        each = self._responses()
+        keys = [slot for slot in range(rl.questions_per_step) for _ in range(each)]
+        prompt = self.questions.prompt({})["input_ids"].shape[1]
+        length = config.sampling.max_new_tokens
+        part, times = self._largest(keys, [prompt] * len(keys), [length] * len(keys))
+        questions = {slot: {"id": slot} for slot in set(keys)}
+        batch = self.questions.batch([questions[keys[i]] for i in part], [[1] * length for _ in part], rl.packing)
+        batch = replace(
+            batch, inputs=self._there(batch.inputs), row=self._there(batch.row), target=self._there(batch.target)
+        )
+        settings = {"advantages": torch.linspace(-1, 1, len(part)), "norm": float(len(part)), "beta": self.beta}
+        phases = []
+
+        def refer() -> float:
+            with torch.no_grad():
+                settings["reference_logprobs"] = reference(batch)
+            return times
+
+        def update() -> float:
+            with student.backward():
+                loss, _ = student.module(batch, **settings)
+                loss.backward()
+            return times * rl.updates_per_step
+
+        if reference is not None:
+            phases.append(self._phase("reference", held, refer))
+        phases.append(self._phase("policy", held, update))
+        phases.append(self._phase("optimiser step", held, lambda: student.step() or rl.updates_per_step))
+        phases[-1].seconds += rl.updates_per_step * student.exchanged() / self.gpu.link_bytes_per_s
+        return phases
+
+    @property
+    def beta(self) -> float:
+        return self.config.rl.beta if self.config.rl.algorithm != "sft" else 0.0
+
+
+def alternatives(config: Config) -> list[tuple[str, Config]]:
+    """Settings that need less memory, each on top of those before it, as `--set` takes them."""
+    out = []
+
+    def change(text: str, section: str, **values) -> None:
+        nonlocal config
+        changed = getattr(config, section).model_copy(update=values)
+        config = config.model_copy(update={section: changed})
+        out.append((f"{out[-1][0]} {text}" if out else text, config))
+
+    if not config.deepspeed.bf16:
+        change("deepspeed.bf16=true", "deepspeed", bf16=True)
+    if config.deepspeed.zero_stage < 2:
+        change("deepspeed.zero_stage=2", "deepspeed", zero_stage=2)
+    if config.rl.packing == "padded":
+        change("rl.packing=shared", "rl", packing="shared")
+    for tokens in (4096, 2048):
+        if tokens < config.rl.micro_batch_tokens:
+            change(f"rl.micro_batch_tokens={tokens}", "rl", micro_batch_tokens=tokens)
+    tokens = config.sampling.cache_tokens // 4
+    change(f"sampling.cache_tokens={tokens}", "sampling", cache_tokens=tokens)
+    return out
+
+
+def plan(config: Config, *, gpus: int, gpu_memory_gib: float, gpu: str) -> dict:
+    """What `ril plan` prints: the phases of a step on each of `gpus` GPUs, whether they fit, and what would.
+
+    Raises:
+        UserError: a GPU that is not in the table, or a config that the loop would refuse.
+    """
+    board, limit = gpu_named(gpu), int(gpu_memory_gib * 2**30)
+    phases = Plan(config, gpus, board).phases()
+    peak = max(phases, key=lambda phase: phase.peak)
+    result = {"gpu": gpu, "gpus": gpus, "gpu_memory_gib": gpu_memory_gib, "peak_gib": round(peak.peak / 2**30, 2)}
+    result |= {"peak_phase": peak.name, "fits": peak.peak <= limit}
+    result["step_s"] = round(sum(phase.seconds for phase in phases), 3)
+    result["phases"] = [asdict(phase) for phase in phases]
+    result["would_fit"] = None
+    if not result["fits"]:
+        for text, changed in alternatives(config):
+            if max(each.peak for each in Plan(changed, gpus, board).phases()) <= limit:
+                result["would_fit"] = text
+                break
+    return result
+
+
+def verdict(result: dict) -> str:
+    """One line: whether it fits, and what would."""
+    peak = f"{result['peak_gib']:.1f} of {result['gpu_memory_gib']:g} GiB per GPU, in phase {result['peak_phase']}"
+    if result["fits"]:
+        return f"fits: {peak}; a step takes at least {result['step_s']:.1f} s on {result['gpus']} x {result['gpu']}"
+    if result["would_fit"]:
+        return f"does not fit: {peak}; it would with --set {' --set '.join(result['would_fit'].split())}"
+    return f"does not fit: {peak}; nor does it with any of the settings tried: take more or larger GPUs"
+
+
+def show(result: dict) -> None:
+    """The phases as a table, and the verdict, on stderr: the last line of stdout is for programs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    names = list(dict.fromkeys(name for phase in result["phases"] for name in phase["parts"] if name != OWN))
+    table = Table(title=f"GiB on each of {result['gpus']} x {result['gpu']}, and the least time of a step")
+    for column in ("phase", *names, OWN, "peak", "seconds"):
+        table.add_column(column, justify="left" if column == "phase" else "right")
+    for phase in result["phases"]:
+        sizes = [*(phase["parts"].get(name, 0) for name in (*names, OWN)), phase["peak"]]
+        table.add_row(phase["name"], *(f"{size / 2**30:.2f}" for size in sizes), f"{phase['seconds']:.3f}")
+    console = Console(stderr=True)
+    console.print(table)
+    console.print(verdict(result), soft_wrap=True, highlight=False)
