@@ -89,7 +89,8 @@ def _compare(arguments) -> dict:
 
 def _plan(arguments) -> dict:
     from ril_engine.config import load_config
-    from ril_engine.plan import plan, show
+    from ril_engine.plan import plan
+    from ril_engine.plan_table import show
 
     config = load_config(arguments.config, arguments.set)
     for name, value in (("--gpus", arguments.gpus), ("--gpu-memory", arguments.gpu_memory)):

@@ -50,7 +50,7 @@ def exit_code(job: Callable[[], dict]) -> int:
             print(json.dumps(result), flush=True)
         return 0
     if _first_to_tell():
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # one write: other ranks write there, too
     return code
 
 

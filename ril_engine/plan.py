@@ -1,13 +1,14 @@
 """`ril plan`: whether a config fits its GPUs, and the least time that a step can take. It needs no GPU and no weights.
 
 The phases of a step run as in loop.py on tensors without contents (ledger.py), with the longest responses that the
-config allows, on the micro-batch that has most tokens. What DeepSpeed holds besides is allocated as its stages do.
+config allows, on the micro-batch that has most tokens. What DeepSpeed holds besides is
+allocated as its stages do (plan_engine.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -16,19 +17,18 @@ from torch.utils._pytree import tree_map_only
 
 from ril_engine.config import Config
 from ril_engine.discriminator import Discriminator, discriminator_batch
-from ril_engine.engine import zero_settings
 from ril_engine.families import adapt, language_model, use_liger
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
 from ril_engine.packing import micro_batches
+from ril_engine.plan_engine import Trained
 from ril_engine.plan_models import Questions, as_on_gpu, fake_model, model_config
 from ril_engine.policy import Policy
 from ril_engine.rollout.engine import PREFILL_TOKENS, Rollout
 from ril_kernels.token_logprob import memory
 
-OWN = "activations and temporaries"  # of a phase: gradients, logits, buckets
+OWN = "working"  # of a phase: activations, gradients, a chunk of logits, buckets
 CHARACTERS_PER_TOKEN = 4  # of D's instruction, whose tokenizer is not at hand
-REDUCED_TOGETHER = 500_000_000  # gradients of one all-reduce without ZeRO: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
 CHAT_TOKENS = 24  # of D's two turns and the marks around a response
 
 
@@ -40,87 +40,6 @@ class Phase:
     peak: int
     parts: dict[str, int]
     seconds: float
-
-
-class Trained:
-    """A module and what DeepSpeed's engine and AdamW hold for it on one of `ranks` GPUs."""
-
-    def __init__(self, module: nn.Module, config: Config, ledger: Ledger, ranks: int):
-        self.module, self.ledger, self.ranks = module, ledger, ranks
-        self.parameters = [each for each in module.parameters() if each.requires_grad]
-        self.count = sum(each.numel() for each in self.parameters)
-        self.bytes_each = self.parameters[0].element_size()
-        self.zero = zero_settings(config.deepspeed)
-        self.stage, self.bf16 = config.deepspeed.zero_stage, config.deepspeed.bf16
-        self.like = self.parameters[0].detach()
-        self.share = -(-self.count // ranks) if self.stage or self.bf16 else self.count  # of the optimiser's parameters
-        self.gradient_dtype = torch.float32 if self.bf16 else None  # None: the weights'
-        self.owned: Tensor | None = None  # stage 2's gradients of this rank's share
-        before = ledger.live
-        if self.stage or self.bf16:
-            self.master = self.new(self.share, torch.float32).requires_grad_()
-            updated = [self.master]
-        else:
-            updated = self.parameters
-        # bf16 below stage 2: gradients are added up in float32, whole
-        self.added = self.new(self.count, torch.float32) if self.bf16 and self.stage < 2 else None
-        self.optimizer = torch.optim.AdamW(updated, lr=1e-6, foreach=ledger.device == "meta")
-        if self.stage or self.bf16:
-            self._update()
-        else:
-            self.update_once()
-        self.held = ledger.live - before
-
-    def new(self, count: int, dtype: torch.dtype | None = None) -> Tensor:
-        return self.like.new_empty(count, dtype=dtype)
-
-    def update_once(self) -> None:
-        """So that AdamW has its states."""
-        for each in self.parameters:
-            each.grad = torch.empty_like(each)
-        self._update()
-
-    def _update(self) -> None:
-        if self.stage or self.bf16:
-            self.master.grad = self.new(self.share, torch.float32)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @contextmanager
-    def backward(self) -> Iterator[None]:
-        """Where gradients go while a backward runs: DeepSpeed's bucket, and from stage 2 on a share of them."""
-        handles, held, filled = [], [], 0
-        bucket = int(self.zero.reduce_bucket_size)
-
-        def reduced(parameter: Tensor) -> None:
-            nonlocal filled
-            parameter.grad, filled = None, filled + parameter.numel()
-            if self.stage == 2 and filled > bucket and self.owned is None:
-                self.owned = self.new(self.share, self.gradient_dtype)
-
-        if self.stage:
-            held.append(self.new(bucket))
-        if self.stage == 2 or self.added is not None:
-            handles = [each.register_post_accumulate_grad_hook(reduced) for each in self.parameters]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        if self.stage == 2 and self.owned is None:  # the bucket held all of them until now
-            self.owned = self.new(self.share, self.gradient_dtype)
-
-    def step(self) -> None:
-        if self.stage == 0 and self.added is None and self.ranks > 1:  # a bucket of gradients for each all-reduce
-            self.new(min(self.count, REDUCED_TOGETHER))
-        self._update()
-        self.owned = None
-        for each in self.parameters:
-            each.grad = None
-
-    def exchanged(self) -> float:
-        """Bytes that a GPU sends in one update: gradients to their owners, and what those have made of them back."""
-        return 2 * (self.ranks - 1) / self.ranks * self.count * self.bytes_each
 
 
 class Plan:
@@ -199,7 +118,7 @@ class Plan:
         if self.judged is not None:
             before = ledger.live
             ledger.hold([*self.judged.parameters(), *self.judged.buffers()])
-            judge = Trained(self.judged, config, ledger, self.ranks) if rl and self._updates_d else None
+            judge = Trained(self.judged, config, ledger, self.ranks) if self._updates_d else None
             held["discriminator"] = ledger.live - before
         phases = []
         if self.samples:
@@ -367,30 +286,3 @@ def plan(config: Config, *, gpus: int, gpu_memory_gib: float, gpu: str) -> dict:
                 result["would_fit"] = text
                 break
     return result
-
-
-def verdict(result: dict) -> str:
-    """One line: whether it fits, and what would."""
-    peak = f"{result['peak_gib']:.1f} of {result['gpu_memory_gib']:g} GiB per GPU, in phase {result['peak_phase']}"
-    if result["fits"]:
-        return f"fits: {peak}; a step takes at least {result['step_s']:.1f} s on {result['gpus']} x {result['gpu']}"
-    if result["would_fit"]:
-        return f"does not fit: {peak}; it would with --set {' --set '.join(result['would_fit'].split())}"
-    return f"does not fit: {peak}; nor does it with any of the settings tried: take more or larger GPUs"
-
-
-def show(result: dict) -> None:
-    """The phases as a table, and the verdict, on stderr: the last line of stdout is for programs."""
-    from rich.console import Console
-    from rich.table import Table
-
-    names = list(dict.fromkeys(name for phase in result["phases"] for name in phase["parts"] if name != OWN))
-    table = Table(title=f"GiB on each of {result['gpus']} x {result['gpu']}, and the least time of a step")
-    for column in ("phase", *names, OWN, "peak", "seconds"):
-        table.add_column(column, justify="left" if column == "phase" else "right")
-    for phase in result["phases"]:
-        sizes = [*(phase["parts"].get(name, 0) for name in (*names, OWN)), phase["peak"]]
-        table.add_row(phase["name"], *(f"{size / 2**30:.2f}" for size in sizes), f"{phase['seconds']:.3f}")
-    console = Console(stderr=True)
-    console.print(table)
-    console.print(verdict(result), soft_wrap=True, highlight=False)

@@ -90,7 +90,7 @@ def _prompt(config, text_tokens: int, image_tokens: int) -> dict[str, Tensor]:
         channels = getattr(vision, "in_channels", 3) * vision.temporal_patch_size * vision.patch_size**2
         pixels["image_grid_thw"] = torch.tensor([[1, height * merge, width * merge]])
         pixels["pixel_values"] = torch.zeros(pictured * merge**2, channels)
-    elif image_tokens and hasattr(config, "image_seq_length"):  # InternVL's: tiles of one size
+    elif image_tokens and config.model_type == "internvl":  # its: tiles of one size
         tiles = -(-image_tokens // config.image_seq_length)
         pictured = tiles * config.image_seq_length
         pixels["pixel_values"] = torch.zeros(tiles, vision.num_channels, *vision.image_size)

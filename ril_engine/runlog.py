@@ -85,7 +85,7 @@ def step_line(step: int, total: int | None, metrics: dict[str, float], seconds: 
 
 def _print(line: str) -> None:
     if _live is None:
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: other ranks write there, too
     else:
         _live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

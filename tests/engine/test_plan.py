@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import LlavaConfig
 
-from ril_engine.config import Config
-from ril_engine.gpus import GPUS
-from ril_engine.plan import Plan, plan
+from ril_engine.cli import main
+from ril_engine.config import Config, ModelConfig
+from ril_engine.errors import UserError
+from ril_engine.gpus import GPUS, gpu_named
+from ril_engine.ledger import Ledger, counted
+from ril_engine.plan import Plan, alternatives, plan
+from ril_engine.plan_models import Questions, model_config
+from ril_engine.plan_table import verdict
 
 JOB = Path(__file__).with_name("plan_job.py")
 RATES = {torch.float32: 1e12}
@@ -159,20 +165,98 @@ def test_agrees_with_larger_real_runs(tmp_path):
     check_against_runs(tmp_path, ["60M", "200M"], [0, 2], ["shared", "packed", "padded"])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_plans_models_that_no_test_could_load(tmp_path, name, capsys):
-    config, parameters = MODELS[name]
-    tree = {
-        "student": {"path": saved(tmp_path / "model", config)},
+def tree_of(folder: Path, name: str, **deepspeed) -> dict:
+    return {
+        "student": {"path": saved(folder / "model", MODELS[name][0])},
         "teachers": [{"name": "qwen32b", "path": "Qwen/Qwen2.5-VL-32B-Instruct"}],
-        "deepspeed": {"zero_stage": 2, "bf16": True},
+        "deepspeed": deepspeed,
     }
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    result = plan(Config.model_validate(tree), gpus=8, gpu_memory_gib=80, gpu="h100")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_plans_models_that_no_test_could_load(tmp_path, name):
+    tree, parameters = tree_of(tmp_path, name, zero_stage=2, bf16=True), MODELS[name][1]
+    result = plan(Config.model_validate(tree), gpus=8, gpu_memory_gib=1000, gpu="h100")
     names = [phase["name"] for phase in result["phases"]]
     assert names == ["rollout", "discriminator", "reference", "policy", "optimiser step"]
     parts = result["phases"][-1]["parts"]
     assert parts["student"] == pytest.approx(2 * parameters, rel=0.01)
     assert parts["reference"] == pytest.approx(4 * parameters, rel=0.01)
     assert all(phase["seconds"] > 0 for phase in result["phases"])
+    assert result["fits"] and verdict(result).startswith("fits: ")
+
+
+def test_the_command_prints_a_verdict_and_json(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "config.yaml"
+    tree = settings(saved(tmp_path / "20M", SIZES["20M"])).model_dump(mode="json", exclude_defaults=True)
+    file.write_text(yaml.safe_dump(tree))
+    command = ["ril", "plan", "--config", str(file), "--gpus", "2", "--gpu-memory"]
+    monkeypatch.setattr(sys, "argv", [*command, "0.36"])
+    assert main() == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
+    assert not result["fits"] and result["would_fit"].split()[0] == "deepspeed.bf16=true"
+    assert "does not fit: " in err and "it would with --set deepspeed.bf16=true" in err
+    for option, got in (("--gpus", "0"), ("--gpu-memory", "-1")):
+        monkeypatch.setattr(sys, "argv", [*command, "80", option, got])
+        assert main() == 2
+        assert f"{option} {got}: expected a number above 0" in capsys.readouterr().err
+
+
+def test_says_where_nothing_that_was_tried_fits(tmp_path):
+    config = settings(saved(tmp_path / "20M", SIZES["20M"]), deepspeed={"zero_stage": 2, "bf16": True})
+    result = plan(config, gpus=1, gpu_memory_gib=0.01, gpu="a100")
+    assert result["would_fit"] is None
+    assert "nor does it with any of the settings tried: take more or larger GPUs" in verdict(result)
+
+
+def test_alternatives_build_on_one_another(tmp_path):
+    config = settings("anywhere", rl={"packing": "padded", "micro_batch_tokens": 4096}, sampling={"cache_tokens": 4000})
+    found = alternatives(config)
+    text, last = found[-1]
+    assert text.split() == [
+        "deepspeed.bf16=true",
+        "deepspeed.zero_stage=2",
+        "rl.packing=shared",
+        "rl.micro_batch_tokens=2048",
+        "sampling.cache_tokens=1000",
+    ]
+    assert last.deepspeed.bf16 and last.deepspeed.zero_stage == 2 and last.rl.micro_batch_tokens == 2048
+    assert [len(each.split()) for each, _ in found] == [1, 2, 3, 4, 5]
+
+
+def test_refuses_what_it_does_not_know(tmp_path):
+    with pytest.raises(UserError, match="--gpu v100: not in the table, expected one of a100, h100, h200, b200"):
+        gpu_named("v100")
+    with pytest.raises(UserError, match=r"model .*nowhere: no config.json to plan from .*give a folder that holds one"):
+        model_config(ModelConfig(path=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="model llava: its pictures are of a form that is not known here"):
+        Questions(LlavaConfig(), None, 8, 64)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_ledger_counts_what_lives(device):
+    """By hand: 4 KiB each of x, y = x @ x and y + 1, of which y is freed before the last."""
+    ledger = Ledger(device, {torch.float32: 1e9}, 1e9)
+    with ledger.fake:
+        x = torch.empty(32, 32, device=device)
+    with counted(ledger):
+        ledger.hold([x])
+        ledger.restart()
+        y = x @ x
+        assert (ledger.live, ledger.flops, ledger.moved) == (8192, 2 * 32**3, 3 * 4096)
+        assert ledger.seconds == pytest.approx(2 * 32**3 / 1e9)  # its bytes take 12 microseconds
+        z = y + 1
+        del y
+        w = z.view(-1)
+        assert (ledger.live, ledger.peak) == (8192, 12288)
+        del z, w
+        assert ledger.live == 4096
+
+
+def test_the_ledger_knows_what_the_host_knows():
+    ledger = Ledger("meta", {torch.float32: 1e9}, 1e9)
+    with counted(ledger):
+        ids = torch.arange(6, device="meta")
+        assert int((ids * 2)[ids > 3].sum()) == 18
+        assert not hasattr(torch.zeros(3, device="meta") + ids[:3], "value")
