@@ -37,7 +37,10 @@ def command(*arguments: str | Path, ranks: int = 1) -> list[str]:
 
 def run(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
     words = command(*arguments, ranks=ranks)
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    port = words[words.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # 66 MiB of memory a rank
+    return done
 
 
 def last_json(done: subprocess.CompletedProcess) -> dict:
