@@ -159,7 +159,7 @@ def judge_model(config: Config, which: JudgeConfig, settings: TrainingConfig = T
 
 
 def _train(config: Config, which: JudgeConfig, settings: TrainingConfig, out: Path) -> None:
-    if dist.get_world_size() > settings.batch_size:
+    if dist.is_initialized() and dist.get_world_size() > settings.batch_size:
         raise UserError(
             f"{which.path}: learns from {settings.batch_size} responses a step, fewer than the {dist.get_world_size()} "
             "ranks; start fewer ranks, or name another judge"

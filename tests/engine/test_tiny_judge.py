@@ -105,6 +105,7 @@ def test_two_ranks_equal_one(tmp_path):
 
 
 def test_more_ranks_than_responses_are_refused(monkeypatch):
+    monkeypatch.setattr(tiny_judge.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(tiny_judge.dist, "get_world_size", lambda: 17)
     with pytest.raises(UserError, match="learns from 16 responses a step, fewer than the 17 ranks; start fewer"):
         tiny_judge._train(Config(rl={"algorithm": "grpo"}), JudgeConfig(path="tiny:judge"), tiny_judge.TRAINING, None)
