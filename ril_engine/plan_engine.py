@@ -84,7 +84,7 @@ class Trained:
             self.owned = self.new(self.share, self.gradient_dtype)
 
     def step(self) -> None:
-        if self.stage == 0 and self.added is None and self.ranks > 1:  # a bucket of gradients for each all-reduce
+        if self.stage == 0 and self.added is None:  # a flat copy of the gradients for each all-reduce, of one rank, too
             self.new(min(self.count, REDUCED_TOGETHER))
         self._update()
         self.owned = None
