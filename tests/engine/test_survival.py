@@ -67,6 +67,11 @@ def steps_of(run_dir: Path) -> int:
     return path.read_text().count("\n") if path.exists() else 0
 
 
+def changed(path: Path) -> int:
+    """When a file or the names in a folder last changed, in nanoseconds; 0 where there is none."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def kill(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -86,23 +91,25 @@ def assert_same(result: dict, expected: dict) -> None:
 def killed_and_resumed(
     start: Start, config: Path, ranks: int, kills: int, moments: random.Random
 ) -> tuple[dict, list[str]]:
-    """The result of a run that is killed so often, at random moments after its first step, and what each kill met."""
-    process, known, run_dir, met = start("--config", config, ranks=ranks), runs(config), None, []
+    """The result of a run that is killed so often, at random moments in its loop, and what each kill met."""
+    process, known, run_dir, met, began = start("--config", config, ranks=ranks), runs(config), None, [], 0
     for _ in range(kills):
         if run_dir is None:
             found = new_run(config, process, known, steps=1)
             assert found is not None, process.communicate()
             run_dir = found
+            while process.poll() is None and not any((run_dir / "checkpoints").glob("step-*")):
+                time.sleep(0.01)
         else:
-            (run_dir / "lock").unlink()
-            while process.poll() is None and not (run_dir / "lock").exists():  # its imports are nothing to kill
+            while process.poll() is None and changed(run_dir / "metrics.jsonl") < began:  # until it is in its loop
                 time.sleep(0.01)
         time.sleep(moments.uniform(0, 3))
         kill(process)
-        partial = (run_dir / "checkpoints" / "partial").exists()
-        met.append(f"{steps_of(run_dir)} steps" + (", in a save" if partial else ""))
+        in_a_save = changed(run_dir / "checkpoints" / "partial") > began
+        met.append(f"{steps_of(run_dir)} steps" + (", in a save" if in_a_save else ""))
         if (run_dir / "result.json").exists():
             break
+        began = time.time_ns()
         process = start("--resume", run_dir, ranks=ranks)
     else:
         _, err = process.communicate(timeout=600)
