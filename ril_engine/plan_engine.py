@@ -56,6 +56,9 @@ class Trained:
     def _update(self) -> None:
         if self.stage or self.bf16:
             self.master.grad = self.new(self.share, torch.float32)
+            self.owned = None
+            for each in self.parameters:
+                each.grad = None
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -87,9 +90,6 @@ class Trained:
         if self.stage == 0 and self.added is None:  # a flat copy of the gradients for each all-reduce, of one rank, too
             self.new(min(self.count, REDUCED_TOGETHER))
         self._update()
-        self.owned = None
-        for each in self.parameters:
-            each.grad = None
 
     def exchanged(self) -> float:
         """Bytes that a GPU sends in one update: gradients to their owners, and what those have made of them back."""

@@ -1,8 +1,8 @@
 """Run by test_plan.py in a process of its own: the peak bytes of real training steps, counted by torch's profiler."""
 
-import gc
 import json
 import sys
+import time
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -13,11 +13,10 @@ from ril_engine.engine import Engine, init_distributed
 from ril_engine.families import adapt, language_model
 from ril_engine.plan_models import Questions
 from ril_engine.policy import Policy
-from ril_kernels.token_logprob import memory
 
 
-def run(case: dict) -> None:
-    """Two steps: AdamW has no states in the first one."""
+def run(case: dict, begun: list[int]) -> None:
+    """Two steps: AdamW has no states in the first one. `begun`: when each forward and each update began."""
     config = AutoConfig.from_pretrained(case["model"])
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.model.visual.requires_grad_(False)
@@ -27,32 +26,33 @@ def run(case: dict) -> None:
     engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"]), **rates)
     count = case["responses"]
     for _ in range(2):
+        begun.append(time.time_ns())
         batch = questions.batch([{}] * count, [[1] * case["length"]] * count, case["packing"])
         loss, _ = engine(batch, advantages=torch.linspace(-1, 1, count), norm=float(count))
         engine.backward(loss, last=True)
+        begun.append(time.time_ns())
         engine.step()
 
 
-def peak(profiler) -> int:
+def peaks(profiler, begun: list[int]) -> dict[str, int]:
+    """Of the second step: bytes live at most until its update began, and from then on until its end."""
     events = [each for each in profiler.profiler.kineto_results.events() if each.name() == "[memory]"]
-    live = most = 0
+    live, most = 0, {"policy": 0, "optimiser step": 0}
     for each in sorted(events, key=lambda event: event.start_ns()):
         live += each.nbytes()
-        most = max(most, live)
+        if each.start_ns() >= begun[2]:
+            name = "policy" if each.start_ns() < begun[3] else "optimiser step"
+            most[name] = max(most[name], live)
     return most
 
 
 def main() -> None:
     init_distributed()
     torch.set_num_threads(1)
-    peaks = []
-    for case in json.loads(sys.argv[1]):
-        memory.release()
-        gc.collect()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            run(case)
-        peaks.append(peak(profiler))
-    print(json.dumps(peaks))
+    begun: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run(json.loads(sys.argv[1]), begun)
+    print(json.dumps(peaks(profiler, begun)))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ def small(hidden: int, layers: int, vocabulary: int) -> dict:
     return config | {"image_token_id": 100, "video_token_id": 101, "vision_start_token_id": 102}
 
 
+KEYS = {0: ("peak",), 2: ("policy", "optimiser step")}
 SIZES = {"20M": small(384, 8, 16384), "60M": small(640, 10, 16384), "200M": small(1024, 15, 32768)}
 
 
@@ -128,54 +129,48 @@ def settings(path: str, **sections) -> Config:
     return Config.model_validate(base)
 
 
-def measured(cases: list[dict]) -> list[int]:
+def measured(case: dict) -> dict[str, int]:
+    """In a process of its own: DeepSpeed keeps an engine's memory until the process ends."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(JOB), json.dumps(cases)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1800, check=False)
+    command = [sys.executable, str(JOB), json.dumps(case)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check_against_runs(
-    tmp_path: Path, sizes: list[str], stages: list[int], packings: list[str], lengths: list[int] = (64,)
-) -> None:
-    cases = [
-        {"model": saved(tmp_path / size, SIZES[size]), "zero_stage": stage, "packing": packing}
-        | {"text_tokens": 32, "image_tokens": 64, "responses": 8, "length": length}
-        for size in sizes
-        for stage in stages
-        for packing in packings
-        for length in lengths
-    ]
-    found = measured(cases)
-    off = {}
-    for case, real in zip(cases, found, strict=True):
-        config = settings(case["model"], rl={"packing": case["packing"]}, deepspeed={"zero_stage": case["zero_stage"]})
-        phases = {phase.name: phase for phase in Plan(config, 1, GPUS["h100"], device="cpu").phases()}
-        without_cache = max(phase.peak - phase.parts["cache"] for name, phase in phases.items() if name != "rollout")
-        buckets = 4 * 500_000_000 if case["zero_stage"] else 0  # DeepSpeed's, which would hide an error of the rest
-        off[(case["model"], case["zero_stage"], case["packing"], case["length"])] = (without_cache - buckets) / (
-            real - buckets
-        ) - 1
-    assert max(map(abs, off.values())) < 0.10, off
+def off(tmp_path: Path, size: str, stage: int, packing: str, length: int) -> dict[str, float]:
+    """By how much of the real peak a plan is off: of forward and backward, and of the update."""
+    path = saved(tmp_path / size, SIZES[size])
+    case = {"model": path, "zero_stage": stage, "packing": packing, "length": length, "responses": 8}
+    real = measured(case | {"text_tokens": 32, "image_tokens": 64})
+    sections = {"rl": {"packing": packing}, "deepspeed": {"zero_stage": stage}, "sampling": {"max_new_tokens": length}}
+    phases = {each.name: each for each in Plan(settings(path, **sections), 1, GPUS["h100"], device="cpu").phases()}
+    planned = {name: each.peak - each.parts["cache"] for name, each in phases.items()}
+    both = {"policy": planned["policy"], "optimiser step": planned["optimiser step"]}
+    bucket = 4 * 500_000_000 if stage else 0  # DeepSpeed's would hide an error of the rest
+    both["policy"] -= bucket
+    real["policy"] -= bucket
+    if not stage:  # its all-reduce belongs to DeepSpeed's backward
+        both = {"peak": max(both.values())}
+        real = {"peak": max(real.values())}
+    return {name: both[name] / real[name] - 1 for name in both}
 
 
-def test_agrees_with_real_runs(tmp_path):
-    check_against_runs(tmp_path, ["20M"], [0, 2], ["shared", "packed", "padded"])
-
-
-def test_agrees_with_real_runs_whose_peak_is_in_the_update(tmp_path):
-    """Responses so short that activations take less than the gradients' copies."""
-    check_against_runs(tmp_path, ["20M"], [0], ["shared"], lengths=[2])
+@pytest.mark.parametrize(
+    ("stage", "packing", "length"),
+    [(0, "packed", 64), (0, "padded", 64), (2, "shared", 64), (0, "shared", 2), (2, "shared", 2)],
+)
+def test_agrees_with_real_runs(tmp_path, stage, packing, length):
+    """With responses of 2 tokens activations take less than what the update needs."""
+    assert off(tmp_path, "20M", stage, packing, length) == pytest.approx(dict.fromkeys(KEYS[stage], 0.0), abs=0.1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", ["60M", "200M"])
 @pytest.mark.parametrize("stage", [0, 2])
 @pytest.mark.parametrize("packing", ["shared", "packed", "padded"])
-def test_agrees_with_a_larger_real_run(tmp_path, size, stage, packing):
-    """One at a time: DeepSpeed keeps an engine's memory until the process ends."""
-    check_against_runs(tmp_path, [size], [stage], [packing])
+def test_agrees_with_larger_real_runs(tmp_path, size, stage, packing):
+    assert off(tmp_path, size, stage, packing, 64) == pytest.approx(dict.fromkeys(KEYS[stage], 0.0), abs=0.1)
 
 
 def tree_of(folder: Path, name: str, **deepspeed) -> dict:
