@@ -88,7 +88,7 @@ def _compare(arguments) -> dict:
 
 
 def _plan(arguments) -> dict:
-    from ril_engine.config import load_config
+    from ril_engine.config_file import load_config
     from ril_engine.plan import plan
     from ril_engine.plan_table import show
 
@@ -151,7 +151,7 @@ def _run(arguments: argparse.Namespace) -> dict:
         from ril_engine.train import run
 
         return run(arguments)
-    from ril_engine.config import load_config
+    from ril_engine.config_file import load_config
     from ril_engine.engine import init_distributed
 
     config = load_config(arguments.config, arguments.set)

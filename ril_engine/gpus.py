@@ -1,4 +1,4 @@
-"""What NVIDIA's data sheets say of the GPUs that `ril plan` knows: dense rates, no sparsity, SXM boards."""
+"""Peak rates of the GPUs that `ril plan` knows, as published: dense, no sparsity, SXM boards."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ GPUS = {
     "h100": GPU(989e12, 67e12, 3.35e12, 450e9),
     # NVIDIA H200 Tensor Core GPU data sheet, SXM
     "h200": GPU(989e12, 67e12, 4.8e12, 450e9),
-    # NVIDIA HGX B200 data sheet, per GPU
-    "b200": GPU(2250e12, 75e12, 7.7e12, 900e9),
+    # NVIDIA HGX B200 as commonly cited (its data sheet was not at hand); the larger of two where sources differ
+    "b200": GPU(2250e12, 80e12, 8e12, 900e9),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from ril_engine.plan import OWN
 
 
@@ -9,7 +11,7 @@ def verdict(result: dict) -> str:
     """One line: whether it fits, and what would."""
     peak = f"{result['peak_gib']:.1f} of {result['gpu_memory_gib']:g} GiB per GPU, in phase {result['peak_phase']}"
     if result["fits"]:
-        return f"fits: {peak}; a step takes at least {result['step_s']:.1f} s on {result['gpus']} x {result['gpu']}"
+        return f"fits: {peak}; a step takes at least {result['step_s']:.3g} s on {result['gpus']} x {result['gpu']}"
     if result["would_fit"]:
         return f"does not fit: {peak}; it would with --set {' --set '.join(result['would_fit'].split())}"
     return f"does not fit: {peak}; nor does it with any of the settings tried: take more or larger GPUs"
@@ -27,6 +29,6 @@ def show(result: dict) -> None:
     for phase in result["phases"]:
         sizes = [*(phase["parts"].get(name, 0) for name in (*names, OWN)), phase["peak"]]
         table.add_row(phase["name"], *(f"{size / 2**30:.2f}" for size in sizes), f"{phase['seconds']:.3f}")
-    console = Console(stderr=True)
+    console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     console.print(table)
     console.print(verdict(result), soft_wrap=True, highlight=False)

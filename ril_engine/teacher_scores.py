@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ril_engine.config import AnswerRewardConfig, Config, FunctionConfig, JudgeConfig
 from ril_engine.questions import read_jsonl, training_questions
-from ril_engine.rewards import AnswerRewards, Score, verdict_settings
+from ril_engine.rewards import AnswerRewards, Score, user_function, verdict_settings
 from ril_engine.runlog import progress, warn
 from ril_engine.stages import is_main, key_of, stage, together
 
@@ -20,15 +20,14 @@ SCORED_AT_ONCE = 256  # responses; what a judge said of earlier ones is kept if 
 
 
 def scored_responses(config: Config, files: dict[str, Path], data_dir: Path) -> dict[str, dict[str, list[dict]]]:
-    """Teacher -> question id -> its saved responses, each with answer_reward and parts."""
+    """Teacher -> question id -> its saved responses, each with answer_reward."""
     rows = {row["id"]: row for row in training_questions(config, data_dir)}
     saved: dict[str, dict[str, list[dict]]] = {}
     for name in (each.name for each in config.teachers):
         responses, by_id = read_jsonl(files[name], ("id",)), saved.setdefault(name, {})
         scores = _scores(config, name, files[name], responses, rows)
         for response, score in zip(responses, scores, strict=True):
-            known = {"answer_reward": score.reward, "parts": score.parts}
-            by_id.setdefault(response["id"], []).append(response | known)
+            by_id.setdefault(response["id"], []).append(response | {"answer_reward": score.reward})
     return saved
 
 
@@ -76,16 +75,7 @@ def _decisive(reward: AnswerRewardConfig) -> dict:
         return verdict_settings(reward) | reward.model_dump(include={"weight", "on_failure"})
     settings = reward.model_dump()
     if isinstance(reward, FunctionConfig):
-        settings["source"] = _source(reward.function.partition(":")[0])
+        user_function(reward)  # imports its module, or says why not
+        file = getattr(sys.modules[reward.function.partition(":")[0]], "__file__", None)
+        settings["source"] = file and hashlib.sha256(Path(file).read_bytes()).hexdigest()
     return settings
-
-
-def _source(module: str) -> str | None:
-    """A hash of a module's file; None where there is none, which importing it will tell."""
-    try:
-        found = importlib.util.find_spec(module)
-    except Exception:  # the package above it is the user's and may raise anything; ValueError: no file, as of __main__
-        return None
-    if found is None or not found.has_location:
-        return None
-    return hashlib.sha256(Path(found.origin).read_bytes()).hexdigest()

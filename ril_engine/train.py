@@ -20,7 +20,8 @@ import yaml
 
 from ril_engine import checkpoints, stages
 from ril_engine.cli import add_run_arguments
-from ril_engine.config import Config, load_config
+from ril_engine.config import Config
+from ril_engine.config_file import load_config
 from ril_engine.engine import init_distributed
 from ril_engine.errors import OutsideError, UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate

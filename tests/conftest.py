@@ -16,7 +16,16 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch
 
 
 # Files that take longest, the longest first: a worker that gets one of them last would be waited for.
-LONGEST = ("test_triton", "test_main_job", "test_loop", "test_zero3", "test_benchmarks", "test_packed_forward")
+LONGEST = (
+    "test_main_job",
+    "test_survival",
+    "test_triton",
+    "test_plan",
+    "test_benchmarks",
+    "test_loop",
+    "test_zero3",
+    "test_packed_forward",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

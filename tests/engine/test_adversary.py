@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from ril_engine import adversary as ril_adversary
 from ril_engine import tiny_models
 from ril_engine.adversary import WEIGHTS, Adversary, HeldOut, bradley_terry_loss, by_question, centred, draw, pretrain
 from ril_engine.config import Config, ModelConfig
@@ -232,7 +233,7 @@ def test_sides_that_do_not_differ_are_not_told_apart(student, tmp_path, seed):
     assert abs(metrics["held_out_accuracy"] - 0.5) < 0.05 and abs(metrics["held_out_auc"] - 0.5) < 0.05
 
 
-def test_the_best_weights_are_kept_and_training_ends_early(student, tmp_path):
+def test_the_best_weights_are_kept_and_training_ends_early(student, tmp_path, monkeypatch):
     config, metrics = pretrained(student, tmp_path, differ=True, share=0.2, steps=400, validate_every=15, patience=2)
     history = metrics["history"]
     assert metrics["held_out_accuracy"] > 0.9 and metrics["held_out_auc"] > 0.9
@@ -245,8 +246,12 @@ def test_the_best_weights_are_kept_and_training_ends_early(student, tmp_path):
     teachers = (by_source["a"] + by_source["b"]) / 2  # as many of each
     assert metrics["held_out_accuracy"] == pytest.approx((by_source["student"] + teachers) / 2)
     again = Adversary.pretrained(config, student, tmp_path)
-    look = HeldOut(again, by_question(saved(0, differ=True), 0.2)[1]).look()
+    held = by_question(saved(0, differ=True), 0.2)[1]
+    look = HeldOut(again, held).look()
     assert {"step": best["step"], **look} == best
+    monkeypatch.setattr(ril_adversary, "HELD_OUT", 5)  # of many a look takes the first
+    some = HeldOut(again, held)
+    assert len(some.sources) == 5 and set(some.sources) == {"student", "a", "b"} and 0 <= some.look()["auc"] <= 1
 
 
 def test_no_step_leaves_d_as_it_starts(student, tmp_path):

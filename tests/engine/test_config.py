@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from ril_engine.config import load_config
+from ril_engine.config_file import load_config
 from ril_engine.errors import UserError
 
 GOOD = "teachers: [{name: a, path: 'tiny:qwen_teacher'}]\n"

@@ -60,13 +60,13 @@ def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
 
 
 JUDGE = """
-import pathlib, re
+import os, pathlib
 
 def last_digit(questions, references, responses, **columns):
-    seen = pathlib.Path(__file__).with_name("calls")
+    seen = pathlib.Path(__file__).with_name("calls of rank " + os.environ["RANK"])
     calls = int(seen.read_text()) + 1 if seen.exists() else 1
     seen.write_text(str(calls))
-    if calls == FAILS:
+    if calls == FAILS and os.environ["RANK"] == "1":
         raise ConnectionError("the judge is gone")
     return [float(each[-1:].isdigit()) if each else None for each in responses]
 """
@@ -74,24 +74,27 @@ def last_digit(questions, references, responses, **columns):
 
 @pytest.mark.distributed
 def test_a_judge_that_fails_loses_no_step(finished, tmp_path, monkeypatch):
-    """The first call scores no teacher here, since Dr.GRPO has none: the third call is step 3."""
+    """On one of two ranks. Dr.GRPO has no teachers, so that its third call is step 3."""
     config = tmp_path / "config.yaml"
     settings = SETTINGS.format(work_dir=finished[0].parent / "runs").replace("rl: {steps: 2", "rl: {steps: 4")
+    settings = settings.replace("sampling: {", "sampling: {stop: [a, e, i, ' ', '1'], ")  # else all would be truncated
     config.write_text(settings.replace("save_every: 1", "save_every: 0, algorithm: dr_grpo"))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     rewards = "answer_rewards=[{kind: verifier}, {kind: function, function: 'my_judge:last_digit', weight: 0.5}]"
     (tmp_path / "my_judge.py").write_text(JUDGE.replace("FAILS", "0"))
-    whole = last_json(run("--config", config, "--set", rewards))
-    (tmp_path / "calls").unlink()
+    whole = last_json(run("--config", config, "--set", rewards, ranks=2))
+    for calls in tmp_path.glob("calls*"):
+        assert calls.read_text() == "4"
+        calls.unlink()
     (tmp_path / "my_judge.py").write_text(JUDGE.replace("FAILS", "3"))
-    failed = run("--config", config, "--set", rewards)
+    failed = run("--config", config, "--set", rewards, ranks=2)
     assert failed.returncode != 0
     (message,) = (line for line in failed.stderr.splitlines() if line.startswith("error: "))
     found = re.match(
         r"error: step 3: .*my_judge:last_digit.*the judge is gone.*; the 2 steps .*: --resume (\S+) goes", message
     )
     assert found, message
-    resumed = last_json(run("--resume", found[1]))
+    resumed = last_json(run("--resume", found[1], ranks=2))
     assert metrics(resumed) == metrics(whole) and len(metrics(whole)) == 4
     assert {"reward/student/verifier", "reward/student/last_digit", "reward/unscored"} <= set(metrics(whole)[0])
 

@@ -5,13 +5,14 @@ import os
 import sys
 import time
 from io import StringIO
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from ril_engine import runlog
-from ril_engine.errors import UserError
+from ril_engine.errors import UserError, exit_code
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 
 RIL = {
@@ -276,3 +277,16 @@ def test_a_warning_comes_once_and_from_rank_0(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     runlog.warn("test: of another rank")
     assert capsys.readouterr().err == "warning: test: no such thing\n"
+
+
+def test_a_line_is_one_write(monkeypatch):
+    """Ranks share stderr, and `python -u`, as DeepSpeed's launcher starts them, hands on each write as it is."""
+    writes = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=writes.append, flush=lambda: None))
+    runlog._print("step 1")
+
+    def fails() -> dict:
+        raise UserError("the judge is gone")
+
+    assert exit_code(fails) == 2
+    assert [each for each in writes if each] == ["step 1\n", "error: the judge is gone\n"]

@@ -455,7 +455,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from pathlib import Path
 from ril_engine import saved_responses
-from ril_engine.config import load_config
+from ril_engine.config_file import load_config
 from ril_engine.errors import UserError
 config = load_config(sys.argv[1])
 rank = int(sys.argv[3])
