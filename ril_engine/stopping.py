@@ -16,17 +16,19 @@ import torch.distributed as dist
 from ril_engine.errors import rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SAME_REQUEST_S = 1.0  # Ctrl-C or a batch system signals a whole job: a rank hears of it twice, once by its launcher
+# Ctrl-C or a batch system signals a whole job: a rank hears of it twice, by its launcher later where cores are few.
+SAME_REQUEST_S = 3.0
 
 
 class Stop(AbstractContextManager):
-    """While entered, a signal asks for a stop, and one that comes more than a second later ends the process.
+    """While entered, a signal asks for a stop, and one that comes more than SAME_REQUEST_S later ends the process.
 
     A thread reads signals as they come: Python's handlers run in the main thread, which may wait for another rank.
     """
 
     def __init__(self):
         self._asked: int = 0
+        self._agreed = False
 
     def __enter__(self) -> Stop:
         self._read, self._write = os.pipe()
@@ -52,7 +54,8 @@ class Stop(AbstractContextManager):
                 if rank() == 0:
                     name = signal.Signals(self._asked).name
                     print(f"{name}: the run stops after this step, another signal stops it at once", file=sys.stderr)
-            if monotonic() - first > SAME_REQUEST_S or _bereft():
+            # Once all have agreed, one that has ended may just be done.
+            if monotonic() - first > SAME_REQUEST_S or (not self._agreed and _bereft()):
                 os._exit(128 + number[0])
         os.close(self._read)
 
@@ -60,6 +63,7 @@ class Stop(AbstractContextManager):
         """The name of the signal that any rank was sent. All ranks call it after the same step."""
         asked = torch.tensor(self._asked)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+        self._agreed = bool(asked)
         return signal.Signals(int(asked)).name if asked else None
 
 

@@ -199,6 +199,7 @@ def test_the_command_prints_a_verdict_and_json(tmp_path, monkeypatch, capsys):
     tree = settings(saved(tmp_path / "20M", SIZES["20M"])).model_dump(mode="json", exclude_defaults=True)
     file.write_text(yaml.safe_dump(tree))
     command = ["ril", "plan", "--config", str(file), "--gpus", "2", "--gpu-memory"]
+    monkeypatch.setattr("ril_engine.cli.leave", lambda code: code)  # the job of one that other tests share goes on
     monkeypatch.setattr(sys, "argv", [*command, "0.36"])
     assert main() == 0
     out, err = capsys.readouterr()
