@@ -202,7 +202,7 @@ def measure(case: Case, device: str, rounds: int) -> dict[tuple[str, str], dict]
             row["peak_share"] = _peak_share(case, each, row["latency_ms"]["p50"] / 1e3, device)
         row |= case.notes.get(name, {})  # of a timed call: the next is slowed by the profiler
         if name != FLOOR and each in (NO_GRAD, BOTH):
-            row["peak_mib"] = _peak_mib(partial(timers[name, each], 1), device)
+            row["peak_mib"] = peak_mib(partial(timers[name, each], 1), device)
         if name in case.tokens:
             row["tokens"] = case.tokens[name]
         if case.grows:
@@ -236,7 +236,7 @@ def _peak_share(case: Case, each: str, seconds: float, device: str) -> dict[str,
     return {"flops": case.flops.get(each, 0) / seconds / peak[0], "bytes": case.num_bytes / seconds / peak[1]}
 
 
-def _peak_mib(function, device: str) -> float:
+def peak_mib(function, device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

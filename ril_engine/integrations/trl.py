@@ -1,0 +1,119 @@
+"""TRL 1.16's trainers with `token_logprob`: one call after the trainer is built.
+
+    trainer = GRPOTrainer(...)
+    use_fused_logprob(trainer)
+
+B sequences, S padded length, H hidden, R scored tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import wraps
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ril_kernels import token_logprob
+
+OUTPUTS = {"log_probs", "entropy"}
+
+
+def use_fused_logprob(trainer) -> None:
+    """Let a trainer's models score tokens by `ril_kernels.token_logprob`: GRPOTrainer, RLOOTrainer, and others whose
+    loss needs no more than log-probs and entropies. Generation and everything else stay as they are.
+
+    On a CPU only response tokens meet the vocabulary head (TRL's own form takes every position there); on a GPU, as in
+    TRL's. Under DeepSpeed's ZeRO-3 the head's weight is gathered for forward and backward by its own module's hooks.
+
+    Args:
+        trainer: made, not yet trained; its reference model, if it has one, changes too.
+
+    Raises:
+        TypeError: its model has no fused head of TRL's (`add_fused_lm_head`).
+        ValueError: its loss reads more of the distribution than log-probs and entropies.
+    """
+    models = [trainer.model, getattr(trainer, "ref_model", None)]
+    for model in (trainer.accelerator.unwrap_model(each) for each in models if each is not None):
+        use_fused_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+
+
+def use_fused_head(model: nn.Module) -> None:
+    """`use_fused_logprob` for one model, after TRL's `add_fused_lm_head`; raises as it does."""
+    theirs = model.forward
+    settings = inspect.getclosurevars(theirs.__func__).nonlocals if inspect.ismethod(theirs) else {}
+    if "final_logit_softcapping" not in settings:
+        raise TypeError(
+            f"model: got a {type(model).__name__} whose forward is {theirs.__qualname__}, expected one with TRL 1.16's "
+            "fused head. Call this once, after the trainer is built."
+        )
+    if extra := sorted(set(settings["outputs"]) - OUTPUTS):
+        raise ValueError(
+            f"model: its trainer's loss reads {' and '.join(extra)}, expected log_probs and entropy alone. Leave this "
+            "trainer as it is."
+        )
+
+    @wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, fused_lm_head=False, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs):
+        head = self.get_output_embeddings()
+        ours = fused_lm_head and not isinstance(head.weight, DTensor) and not kwargs.get("output_router_logits")
+        if not ours:  # FSDP2 and losses of experts' routers are left to TRL
+            given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
+            given = {name: value for name, value in given.items() if value is not None}
+            return theirs(*args, fused_lm_head=fused_lm_head, **given, **kwargs)
+        hidden = getattr(self, settings["backbone_attr"])(*args, **kwargs | {"use_cache": False}).last_hidden_state
+        if shift_labels is None:
+            hidden, shift_labels = hidden[:, :-1], labels[:, 1:]
+        return _scored(hidden, head, shift_labels, num_items_in_batch, settings)
+
+    model.forward = MethodType(forward, model)
+
+
+def _scored(hidden: Tensor, head: nn.Module, labels: Tensor, num_items: Tensor | int | None, settings: dict):
+    """TRL's output for states (B, S, H) and the token that each predicts (B, S), -100 where none is scored."""
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    hidden, labels = hidden.to(head.weight.device), labels.to(head.weight.device)
+    mask, device = labels != -100, hidden.device.type
+    rows = mask.flatten().nonzero().squeeze(1)
+    rows = rows if len(rows) else rows.new_zeros(1)  # one that does not count, so that the loss has a graph
+    target = labels.flatten()[rows]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.float32 if settings["cast_lm_head_to_fp32"] else dtype
+    scale, entropies = settings["logit_scale"], "entropy" in settings["outputs"]
+
+    def fused(self, states: Tensor) -> tuple[Tensor, Tensor]:  # (R, H) -> (R,), (R,)
+        bias = None if self.bias is None else (self.bias * scale).to(dtype)
+        options = {"bias": bias, "temperature": settings["temperature"], "softcap": settings["final_logit_softcapping"]}
+        weight = self.weight.to(dtype)
+        return token_logprob((states * scale).to(dtype), weight, target, **options, return_entropy=True)
+
+    exact = torch.autocast(device, enabled=False) if settings["cast_lm_head_to_fp32"] else nullcontext()
+    with _forward_of(head, fused), exact:
+        values = head(hidden.flatten(0, 1)[rows])
+    spread = [value.new_zeros(mask.numel()).index_copy(0, rows, value).view(mask.shape) for value in values]
+    count = mask.sum().clamp(min=1) if num_items is None else num_items
+    return FusedCausalLMOutput(
+        loss=-spread[0].sum() / count,
+        log_probs=spread[0],
+        entropy=spread[1] if entropies else None,
+        label_mask=mask,
+    )
+
+
+@contextmanager
+def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Within it a call of the module runs `forward`, between its own hooks: under ZeRO-3 they gather its weight, then
+    and for the backward."""
+    own = module.__dict__.get("forward")
+    module.forward = MethodType(forward, module)
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
