@@ -117,3 +117,97 @@ def _forward_of(module: nn.Module, forward: Callable) -> Iterator[None]:
         del module.forward
         if own is not None:
             module.forward = own
+
+
+class RILMixin:
+    """RIL in TRL's GRPOTrainer: `class RILTrainer(RILMixin, GRPOTrainer): pass`.
+
+    Half of each group's `num_generations` completions are teachers' texts, drawn without replacement from the dataset's
+    column `teacher_responses` (a list of texts for each question); the student generates the other half. The last
+    reward function is D's similarity reward, after D's update on the step's texts (arXiv 2510.19307, Algorithm 2). All
+    texts of a step go to D together, so `steps_per_generation` and the batch size say how many those are.
+
+    Args of the constructor, besides GRPOTrainer's:
+        adversary: `ril_engine.adversary.Adversary`, D with the engine that trains it.
+    """
+
+    def __init__(self, *args, adversary, reward_funcs=(), **kwargs):
+        self._adversary = adversary
+        funcs = list(reward_funcs) if isinstance(reward_funcs, (list, tuple)) else [reward_funcs]
+        super().__init__(*args, reward_funcs=[*funcs, self.similarity], **kwargs)
+        group, batch = self.num_generations, self.args.per_device_train_batch_size * self.args.steps_per_generation
+        if group % 2 or batch % group:
+            raise ValueError(
+                f"num_generations: got {group} and {batch} completions of a process, expected an even number that "
+                "divides them. Half of a group's completions are teachers'; change one of the two."
+            )
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict:
+        self._rows = inputs
+        return super()._generate_and_score_completions(inputs)
+
+    def _is_teachers(self, i: int) -> bool:
+        return self.model.training and i % self.num_generations >= self.num_generations // 2
+
+    def _generate(self, prompts: list) -> tuple:
+        if not self.model.training:
+            return super()._generate(prompts)
+        group = self.num_generations
+        own = [i for i in range(len(prompts)) if not self._is_teachers(i)]
+        self.num_generations = group // 2
+        try:
+            made = super()._generate([prompts[i] for i in own])
+        finally:
+            self.num_generations = group
+        prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images = made
+        for start in range(0, len(prompts), group):
+            texts = self._teachers(self._rows[start], group // 2)
+            place = start + group // 2
+            for values in (prompt_ids, images, tool_images):
+                if values:
+                    values[place:place] = [values[start]] * len(texts)
+            ids = [self._tokens(text) for text in texts]
+            completion_ids[place:place] = ids
+            talk = isinstance(completions[start], list)
+            completions[place:place] = [[{"role": "assistant", "content": t}] if talk else t for t in texts]
+            if logprobs is not None:  # nobody sampled these
+                logprobs[place:place] = [[None] * len(each) for each in ids]
+            if tool_mask is not None:
+                tool_mask[place:place] = [[1] * len(each) for each in ids]
+        return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images
+
+    def _teachers(self, row: dict, count: int) -> list[str]:
+        texts = row.get("teacher_responses") or []
+        if len(texts) < count:
+            raise ValueError(
+                f"teacher_responses: got {len(texts)} texts for a question, expected at least {count}, half of "
+                "num_generations. Add more to the dataset or lower num_generations."
+            )
+        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self._step)
+        return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:count].tolist()]
+
+    def _tokens(self, text: str) -> list[int]:
+        """A teacher's text as the student would have written it: no special token but the EOS at its end."""
+        special = set(self._tokenizer.all_special_ids)
+        ids = [i for i in self._tokenizer(text, add_special_tokens=False)["input_ids"] if i not in special]
+        return [*ids[: self.max_completion_length - 1], self._tokenizer.eos_token_id]
+
+    def similarity(self, prompts: list, completions: list, completion_ids: list, **columns) -> list[float | None]:
+        """D's reward for each completion; all processes call it together."""
+        from accelerate.utils import gather_object
+
+        texts = [each if isinstance(each, str) else each[-1]["content"] for each in completions]
+        rank, group = self.accelerator.process_index, self.num_generations
+        mine = [
+            {"source": "teacher" if self._is_teachers(i) else "student", "text": text, "ids": ids}
+            | {"slot": rank * len(texts) + i // group}
+            for i, (text, ids) in enumerate(zip(texts, completion_ids, strict=True))
+        ]
+        if not self.model.training:  # no teachers then, whom D could tell the student from
+            return [None] * len(mine)
+        every = gather_object(mine)
+        metrics = self._adversary.update(every)
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+        start = rank * len(mine)
+        return [each["similarity_reward"] for each in every[start : start + len(mine)]]

@@ -1,6 +1,11 @@
 """TRL 1.16 with the fused log-probs: results as with TRL's own head, and a tiny VLM that GRPOTrainer trains."""
 
+import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +21,10 @@ from trl.trainer.utils import add_fused_lm_head
 from benchmarks.runner import peak_mib
 from ril_engine import digits, tiny_models
 from ril_engine.integrations.trl import use_fused_head, use_fused_logprob
+from tests.integrations.ril_trainer_job import STEPS as JOB_STEPS
+from tests.integrations.ril_trainer_job import TEACHER
+
+ROOT = Path(__file__).parents[2]
 
 H, V, STEPS = 16, 37, 10
 
@@ -110,9 +119,7 @@ def test_no_token_that_counts_is_a_loss_of_zero_with_a_graph():
 
 def test_what_cannot_be_replaced_is_refused():
     model = tiny()
-    with pytest.raises(
-        TypeError, match=r"forward is Qwen2ForCausalLM\.forward, expected one with TRL 1.16's fused head"
-    ):
+    with pytest.raises(TypeError, match=r"Qwen2ForCausalLM\.forward, expected one with TRL 1\.16's fused head"):
         use_fused_head(model)
     add_fused_lm_head(model, outputs=("log_probs", "mean_logits", "is_top1"))
     with pytest.raises(ValueError, match="loss reads is_top1 and mean_logits, expected log_probs and entropy alone"):
@@ -187,3 +194,32 @@ def test_ten_steps_of_a_vlm_are_trls_own_with_less_memory(student, tmp_path):
         assert len(set(values[0].tolist())) > STEPS // 2
         torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-5 if name != "grad_norm" else 1e-4)
     assert peaks[1] < 0.8 * peaks[0], peaks
+
+
+@pytest.mark.distributed
+def test_ril_on_two_ranks(tmp_path):
+    """Half of each group is the teacher's, D learns the same on both ranks to tell the halves apart, and pays."""
+    tiny_models.build(tmp_path / "student", "tiny:student", [], seed=0)
+    job, environment = Path(__file__).with_name("ril_trainer_job.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", job, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
+    assert one["discriminator"] == other["discriminator"]
+    for rank in (one, other):
+        assert len(rank["seen"]) == JOB_STEPS
+        for texts in rank["seen"]:  # of two groups of four
+            sides = [text in TEACHER for text in texts]
+            assert sides == [False, False, True, True] * 2
+            assert texts[2] != texts[3] and texts[6] != texts[7]  # without replacement
+    drawn = {text for texts in one["seen"] for text in texts if text in TEACHER}
+    assert drawn == set(TEACHER)
+    steps = [row for row in one["history"] if "loss" in row]
+    assert [row["discriminator/updates"] for row in steps] == [1.0] * JOB_STEPS
+    assert steps[-1]["discriminator/accuracy"] > 0.9 and steps[-1]["loss/discriminator"] < 0.65
+    assert all(row["reward/teacher_similarity"] == 1.0 for row in steps[1:])
+    for row in steps:
+        paid = (row["reward/student_similarity"] + row["reward/teacher_similarity"]) / 2
+        assert row["rewards/similarity/mean"] == pytest.approx(paid)
+        assert row["reward"] == pytest.approx(row["rewards/digits_share/mean"] + paid, abs=1e-4)
