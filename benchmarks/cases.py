@@ -1,5 +1,5 @@
 """What is timed: the cases of each op; attention_cases.py and packing_cases.py have those of packs,
-rollout_cases.py those of generation.
+rollout_cases.py those of generation, step_cases.py whole steps.
 
 T packed tokens, H hidden, V vocabulary, N responses. A candidate is added by one line in `candidates`, or in peers.py.
 """
@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import attention_cases, packing_cases, rollout_cases
+from benchmarks import attention_cases, packing_cases, rollout_cases, step_cases
 from benchmarks.case import BASELINE, BOTH, NO_GRAD, Case
 from benchmarks.peers import discriminator_peers, logprob_peers, loss_peers, sampling_peers
 from ril_kernels import discriminator_head, group_advantages, policy_loss, sample, token_bits, token_logprob
@@ -29,6 +29,7 @@ OPS = (
     "prefix_attention",
     "policy_pack",
     "rollout",
+    "step",
 )
 # H and V of the language model's head, as the checkpoints' config.json have them.
 MODELS = {
@@ -264,4 +265,4 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
     for name in SAMPLING:
         cases.append(("sampling", name, partial(sampling_case, name, rows, MODELS["Qwen2.5-VL-3B"][1], dtype, device)))
     cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
-    return cases + rollout_cases.all_cases(device)
+    return cases + rollout_cases.all_cases(device) + step_cases.all_cases(device)

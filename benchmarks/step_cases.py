@@ -1,0 +1,393 @@
+"""step: a whole training step. (a) RL alone, against TRL's GRPOTrainer; (b) RIL, against the straightforward one.
+
+The student is a 15M Qwen2.5-VL with its vision tower frozen, in float32, trained by AdamW: Q questions with a picture,
+P prompt tokens, G answers each of R tokens (no end is drawn), the reference on. In (b) each group has as many answers
+of a teacher, and D learns and scores. `phase_share` says where a candidate's time goes; `tokens` are the positions that
+it runs through the language models, a forward with its backward counted once.
+"""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.case import Case
+from ril_engine import digits, tiny_models
+from ril_engine.adversary import WEIGHTS
+from ril_engine.config import Config
+from ril_engine.discriminator import discriminator_batch, encode_for_discriminator, load_decoder, new_discriminator
+from ril_engine.engine import init_distributed
+from ril_engine.loop import Loop
+from ril_engine.models import load
+from ril_engine.runlog import PhaseTimer
+from ril_kernels import group_advantages, policy_loss, token_bits
+from ril_kernels.token_logprob.reference import token_logprob_reference
+
+PATCH = 28  # pixels of a side of what becomes one token
+# P -> tokens of the picture (rows, columns)
+SIZES = {64: (4, 7), 256: (14, 14)}
+QUESTIONS, SAMPLES, LENGTH = 2, 8, 32
+HIDDEN, LAYERS, VOCABULARY = 448, 4, 8192
+BETA, RATE = 0.04, 1e-6
+TRL, RIL, PLAIN = "TRL GRPOTrainer", "ril_engine", "straightforward"
+
+
+class Task:
+    """Checkpoint, pictures and questions of exactly P tokens, in a folder of its own."""
+
+    def __init__(self, num_tokens: int, picture: tuple[int, int], questions: int, hidden: int = HIDDEN):
+        self.folder = Path(tempfile.mkdtemp(prefix="step-"))
+        atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
+        self.student = str(self.folder / "student")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model, processor = tiny_models._qwen2_5_vl(hidden, LAYERS, digits.corpus())
+            model.resize_token_embeddings(VOCABULARY)
+        for each in (processor.image_processor, processor.video_processor):
+            each.size = {"shortest_edge": PATCH**2, "longest_edge": 2**20}
+        model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+        model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+        model.save_pretrained(self.student)
+        processor.save_pretrained(self.student)
+        self.rows = [self._row(number, picture, num_tokens, processor) for number in range(questions)]
+
+    def _row(self, number: int, picture: tuple[int, int], num_tokens: int, processor) -> dict:
+        from PIL import Image
+
+        generator = torch.Generator().manual_seed(number)
+        noise = torch.randint(256, (PATCH * picture[0], PATCH * picture[1], 3), generator=generator, dtype=torch.uint8)
+        name = f"{number}.png"
+        Image.fromarray(noise.numpy()).save(self.folder / name)
+        words = digits.QUESTIONS["left"].split()
+        for count in range(1, num_tokens):
+            text = " ".join(words[i % len(words)] for i in range(count))
+            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+            rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            found = processor(text=[rendered], images=[Image.open(self.folder / name)])["input_ids"][0]
+            if len(found) >= num_tokens:
+                break
+        return {"id": str(number), "question": text, "answer": "7", "image": name, "kind": "left"}
+
+    def config(self, **changes) -> Config:
+        settings = {
+            "work_dir": self.folder / "runs",
+            "student": {"path": self.student},
+            "data": {"dir": str(self.folder)},
+            "sampling": {"max_new_tokens": LENGTH, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
+        }
+        return Config.model_validate(settings | changes)
+
+    def loop(self, algorithm: str, group: int, saved: dict, d_path: Path | None, **changes) -> Loop:
+        init_distributed()
+        rl = {"algorithm": algorithm, "questions_per_step": len(self.rows), "group_size": group, "beta": BETA}
+        loop = Loop(self.config(rl=rl | {"learning_rate": RATE}, **changes), self.folder, self.student, saved, d_path)
+        encoder = loop.encoder
+        loop.sampler.banned = token_bits(torch.tensor(encoder.banned_ids + encoder.eos_ids), VOCABULARY)
+        return loop
+
+
+class Phases:
+    """Seconds by phase over all timed calls, as shares."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begun
+
+    def shares(self) -> dict[str, float]:
+        return {name: value / self.seconds.total() for name, value in self.seconds.items()}
+
+
+class OurStep:
+    """Loop.step, as train.py runs it."""
+
+    def __init__(self, loop: Loop, rows: list[dict]):
+        self.loop, self.questions, self.number, self.note = loop, list(enumerate(rows)), 0, {}
+        self.seconds: Counter[str] = Counter()
+
+    def __call__(self) -> None:
+        timer = PhaseTimer()
+        self.loop.step(self.number, self.questions, timer)
+        self.number += 1
+        self.seconds.update(timer.pop())
+        phases = {name: value for name, value in self.seconds.items() if name != "step"}
+        inner = phases.get("reference", 0.0)  # lies inside of the policy's
+        shares = {name: value - inner * (name == "policy") for name, value in phases.items()}
+        self.note["phase_share"] = {name: value / self.seconds["step"] for name, value in shares.items()}
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    model.model.visual.requires_grad_(False)
+    return model
+
+
+class TRLStep:
+    """A step of TRL's own trainer on the same questions: its methods in the order of its `train`."""
+
+    def __init__(self, task: Task, fused: bool):
+        from datasets import Dataset
+        from PIL import Image
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from trl import GRPOConfig, GRPOTrainer
+
+        from ril_engine.integrations.trl import use_fused_logprob
+
+        tokenizer = AutoProcessor.from_pretrained(task.student).tokenizer
+        banned = [*tokenizer.added_tokens_decoder, *range(len(tokenizer), VOCABULARY)]
+        arguments = GRPOConfig(
+            output_dir=str(task.folder / "trl"),
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            per_device_train_batch_size=len(task.rows) * SAMPLES,
+            num_generations=SAMPLES,
+            max_completion_length=LENGTH,
+            loss_type="dr_grpo",
+            scale_rewards="none",
+            beta=BETA,
+            learning_rate=RATE,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=0,
+            generation_kwargs={"suppress_tokens": banned},
+            report_to="none",
+            disable_tqdm=True,
+        )
+        columns = {
+            "prompt": [[{"role": "user", "content": row["question"]}] for row in task.rows],
+            "image": [Image.open(task.folder / row["image"]).convert("RGB") for row in task.rows],
+        }
+        self.trainer = trainer = GRPOTrainer(
+            model=frozen(AutoModelForImageTextToText.from_pretrained(task.student)),
+            processing_class=AutoProcessor.from_pretrained(task.student),
+            reward_funcs=lambda completions, **_: [float("7" in each[0]["content"]) for each in completions],
+            args=arguments,
+            train_dataset=Dataset.from_dict(columns),
+        )
+        if fused:
+            use_fused_logprob(trainer)
+        trainer.current_gradient_accumulation_steps = 1
+        self.optimizer = trainer.create_optimizer()
+        self.batch = [trainer.train_dataset[i] for i in range(len(task.rows)) for _ in range(SAMPLES)]
+        self.phases, self.note = Phases(), {}
+        for name, phase in (("_generate", "rollout"), ("_get_per_token_logps_and_entropies", "log-probs")):
+            setattr(trainer, name, self._timed(getattr(trainer, name), phase))
+
+    def _timed(self, method: Callable, phase: str) -> Callable:
+        def timed(*args, **kwargs):
+            name = phase if phase == "rollout" else "policy forward" if torch.is_grad_enabled() else "reference"
+            with self.phases(name):
+                return method(*args, **kwargs)
+
+        return timed
+
+    def __call__(self) -> None:
+        before, begun = self.phases.seconds.total(), time.perf_counter()
+        self.trainer.model.train()
+        self.trainer.training_step(self.trainer.model, list(self.batch), None)
+        torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        spent = time.perf_counter() - begun
+        self.phases.seconds["backward and the rest"] += spent - (self.phases.seconds.total() - before)
+        self.note["phase_share"] = self.phases.shares()
+
+    def recorded(self) -> tuple[dict, float]:
+        """Roll-outs with all that the loss reads of them, and TRL's loss there."""
+        inputs = self.trainer.model.train() and self.trainer._generate_and_score_completions(list(self.batch))
+        with torch.no_grad():
+            return inputs, float(self.trainer._compute_loss(self.trainer.model, inputs))
+
+
+def rl_case(num_tokens: int, picture: tuple[int, int]) -> Case:
+    task = Task(num_tokens, picture, QUESTIONS)
+    theirs, fused = TRLStep(task, fused=False), TRLStep(task, fused=True)
+    loop = task.loop("dr_grpo", SAMPLES, {}, None)  # joins a job of one, which TRL would take notice of
+    inputs, expected = theirs.recorded()
+    losses = {TRL: expected, RIL: loss_of(loop, task.rows, inputs)}
+    with torch.no_grad():
+        losses[f"{TRL} with ril_kernels"] = float(fused.trainer._compute_loss(fused.trainer.model, inputs))
+    steps = {TRL: theirs, f"{TRL} with ril_kernels": fused, RIL: OurStep(loop, task.rows)}
+    count, rows = len(task.rows), len(task.rows) * SAMPLES
+    padded = rows * (num_tokens + LENGTH - 1) + 2 * rows * (num_tokens + LENGTH)
+    packed = count * num_tokens + rows * (LENGTH - 1)
+    tokens = dict.fromkeys(steps, padded) | {RIL: packed + 2 * packed}
+    return case_of("RL alone", num_tokens, steps, losses, tokens)
+
+
+def loss_of(loop: Loop, rows: list[dict], inputs: dict) -> float:
+    """Our loss of TRL's roll-outs, with one update at a rate that changes nothing."""
+    responses = []
+    for i, (ids, mask) in enumerate(zip(inputs["completion_ids"], inputs["completion_mask"], strict=True)):
+        row = rows[i // SAMPLES]
+        ids = ids[mask.bool()].tolist()
+        one = {"slot": i // SAMPLES, "row": row, "source": "student", "ids": ids, "truncated": False}
+        one |= {"sampler_logprobs": [0.0] * len(ids), "prompt_tokens": loop.encoder.prompt(row)["input_ids"].shape[1]}
+        responses.append(one)
+    return loop.update_policy(responses, inputs["advantages"].float(), PhaseTimer())["loss/policy"]
+
+
+class PlainRIL:
+    """A step of RIL as a first implementation has it: Hugging Face's generate with a row per answer, padded forwards
+    with the head on response positions only, eager losses, D's whole decoder with its final norm on all positions."""
+
+    def __init__(self, task: Task, loop: Loop, saved: dict):
+        self.loop, self.rows, self.saved = loop, task.rows, saved  # its encoder and settings, none of its models
+        model, _ = load(loop.config.student)
+        self.model, self.reference = frozen(model), load(loop.config.student)[0].requires_grad_(False).eval()
+        self.decoder = load_decoder(loop.config.student)
+        self.score = nn.Linear(self.decoder.config.hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+        trained = [each for each in self.model.parameters() if each.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.95))
+        self.d_optimizer = torch.optim.AdamW([*self.decoder.parameters(), *self.score.parameters()], lr=1e-6)
+        self.phases, self.note, self.number = Phases(), {}, 0
+
+    def __call__(self) -> None:
+        rl, encoder = self.loop.config.rl, self.loop.encoder
+        begun, before = time.perf_counter(), self.phases.seconds.total()
+        group = rl.group_size
+        with self.phases("rollout"), torch.no_grad():
+            each = [row for row in self.rows for _ in range(group)]
+            inputs = encoder.prompts(each)
+            settings = {"max_new_tokens": LENGTH, "do_sample": True, "top_k": 0, "pad_token_id": encoder.pad_id}
+            banned = encoder.banned_ids + encoder.eos_ids
+            out = self.model.eval().generate(**inputs, **settings, suppress_tokens=banned, eos_token_id=None)
+            drawn = out[:, inputs["input_ids"].shape[1] :].tolist()
+        own = [
+            {"slot": i // group, "row": row, "source": "student", "ids": ids, "text": encoder.decode(ids)}
+            for i, (row, ids) in enumerate(zip(each, drawn, strict=True))
+        ]
+        responses = []
+        for slot, row in enumerate(self.rows):
+            responses += own[slot * group : (slot + 1) * group]
+            responses += self.loop._teachers(self.number, slot, slot, row)
+        self.number += 1
+        with self.phases("judge"):
+            scores = self.loop.rewards.score([r["row"] for r in own], [r["text"] for r in own], [True] * len(own))
+            for response, score in zip(own, scores, strict=True):
+                response["answer_reward"] = score.reward
+        with self.phases("discriminator"):
+            self.discriminate(responses)
+        self.update(responses)
+        spent = time.perf_counter() - begun
+        self.phases.seconds["policy"] += spent - (self.phases.seconds.total() - before)
+        self.note["phase_share"] = self.phases.shares()
+
+    def discriminate(self, responses: list[dict]) -> None:
+        tokenizer, instruction = self.loop.adversary.tokenizer, self.loop.config.discriminator.instruction
+        rows = encode_for_discriminator(tokenizer, instruction, [each["text"] for each in responses])
+        inputs, last = discriminator_batch(rows, tokenizer.pad_token_id)
+        labels = torch.tensor([float(each["source"] == "student") for each in responses])
+
+        def logits() -> Tensor:
+            states = self.decoder(**inputs, use_cache=False).last_hidden_state
+            return self.score(states.flatten(0, 1)[last])[:, 0]
+
+        nn.functional.binary_cross_entropy_with_logits(logits(), labels).backward()
+        self.d_optimizer.step()
+        self.d_optimizer.zero_grad()
+        with torch.no_grad():
+            for each, logit in zip(responses, logits().tolist(), strict=True):
+                each["similarity_reward"] = float(logit < 0)
+
+    def update(self, responses: list[dict]) -> None:
+        encoder, count = self.loop.encoder, len(responses)
+        rewards = torch.tensor([each["answer_reward"] + each["similarity_reward"] for each in responses])
+        advantages = group_advantages(rewards, torch.tensor([each["slot"] for each in responses]), kind="dr_grpo")
+        students = torch.tensor([each["source"] == "student" for each in responses])
+        own = [each for each in responses if each["source"] == "student"]
+        with self.phases("reference"), torch.no_grad():
+            batch = encoder.batch([each["row"] for each in own], [each["ids"] for each in own])
+            states = self.reference.base_model(**batch.inputs, use_cache=False).last_hidden_state
+            known = token_logprob_reference(
+                states.flatten(0, 1)[batch.row], self.reference.lm_head.weight, batch.target, bias=None
+            )[0]
+        batch = encoder.batch([each["row"] for each in responses], [each["ids"] for each in responses])
+        on_student = students[batch.response_index]
+        reference = torch.zeros(len(batch.target)).masked_scatter(on_student, known)
+        states = self.model.train().base_model(**batch.inputs, use_cache=False).last_hidden_state
+        loss, _ = policy_loss(
+            states.flatten(0, 1)[batch.row],
+            self.model.lm_head.weight,
+            batch.target,
+            response_index=batch.response_index,
+            advantages=advantages,
+            norm=float(count * LENGTH),
+            beta=BETA,
+            reference_logprobs=reference,
+            kl_mask=on_student,
+            kl_norm=float(len(own) * LENGTH),
+            backend="reference",
+        )
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
+    from safetensors.torch import save_file
+
+    task = Task(num_tokens, picture, QUESTIONS)
+    group = SAMPLES // 2
+    corpus = [text for text in digits.corpus() if len(text.split()) > 6]
+    saved = {
+        "other": {
+            row["id"]: [
+                {"source": "other", "text": " ".join(corpus[i : i + 2]), "truncated": False, "answer_reward": 1.0}
+                for i in range(2 * group)
+            ]
+            for row in task.rows
+        }
+    }
+    d_path = task.folder / "d"
+    d_path.mkdir()
+    module, _ = new_discriminator(task.config(rl={"algorithm": "dr_grpo"}).student)
+    save_file({name: value.clone() for name, value in module.state_dict().items()}, d_path / WEIGHTS)
+    teachers = [{"name": "other", "path": "tiny:qwen_teacher"}]
+    loop = task.loop("ril", group, saved, d_path, teachers=teachers)
+    steps = {PLAIN: PlainRIL(task, loop, saved), RIL: OurStep(loop, task.rows)}
+    return case_of("RIL", num_tokens, steps, {}, {})
+
+
+def case_of(kind: str, num_tokens: int, steps: dict, losses: dict[str, float], tokens: dict[str, int]) -> Case:
+    """A candidate's output is its loss of the same roll-outs, which must be the baseline's."""
+
+    def candidate(step: Callable[[], None], name: str) -> Tensor:
+        with torch.enable_grad():
+            step()
+        return torch.tensor([losses.get(name, 0.0)])
+
+    return Case(
+        "step",
+        f"step {kind} P={num_tokens} R={LENGTH} Q={QUESTIONS} G={SAMPLES}",
+        {},
+        {name: partial(candidate, step, name) for name, step in steps.items()},
+        {},
+        "",
+        tokens=tokens,
+        notes={name: step.note for name, step in steps.items()},
+    )
+
+
+def all_cases(device: str) -> list[tuple[str, str, Callable[[], Case]]]:
+    if device != "cpu":
+        return []
+    rl = [("step", f"RL alone P={num}", partial(rl_case, num, size)) for num, size in SIZES.items()]
+    return [*rl, ("step", "RIL P=256", partial(ril_case, 256, SIZES[256]))]
