@@ -11,10 +11,11 @@ RANKS ?= 2
 .PHONY: setup train test bench lint
 setup: $(STAMP)
 
-$(VENV)/.locked: requirements.lock
+$(VENV)/.locked: requirements.lock requirements.peers.txt
 	$(PYTHON) -m venv $(VENV)
 	@echo "Installing the pinned packages into $(VENV): several GB, a few minutes."
 	$(BIN)/pip install -r requirements.lock
+	$(BIN)/pip install --no-deps -r requirements.peers.txt
 	touch $@
 
 $(STAMP): $(VENV)/.locked $(NATIVE)

@@ -1,4 +1,4 @@
-"""RIL inside TRL: a few steps of `RILTrainer` on a tiny VLM; what it saw goes to FOLDER/rank-N.json."""
+"""RIL inside TRL: the README's RILTrainer takes a few steps on a tiny VLM; what it saw goes to FOLDER/rank-N.json."""
 
 import json
 import os
@@ -9,22 +9,16 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from ril_engine import digits
-from ril_engine.adversary import Adversary
-from ril_engine.config import Config, DeepSpeedConfig
-from ril_engine.discriminator import new_discriminator
-from ril_engine.engine import Engine
-from ril_engine.integrations.trl import RILMixin, use_fused_logprob
+from ril_engine.config import Config
+from ril_engine.engine import init_distributed
+from tests.test_readme import python_blocks
 
 TEACHER = ["The left digit is 1, the right digit is 2.", "It shows 1 and 2.", "Left 1, right 2, so 3."]
 STEPS = 12
 seen: list[list[str]] = []
-
-
-class RILTrainer(RILMixin, GRPOTrainer):
-    pass
 
 
 def digits_share(completions, **columns) -> list[float]:
@@ -36,23 +30,20 @@ def digits_share(completions, **columns) -> list[float]:
 def main() -> None:
     folder = Path(sys.argv[1])
     student = folder / "student"
-    config = Config(rl={"algorithm": "dr_grpo"}, student={"path": str(student)})
-    torch.manual_seed(0)
-    module, tokenizer = new_discriminator(config.student, config.rl.packing)
-    engine = Engine(module, config=DeepSpeedConfig(), steps=STEPS, learning_rate=3e-4)
-    adversary = Adversary(config, module, tokenizer, engine)
+    d = {"learning_rate": 3e-4}
+    config = Config(rl={"algorithm": "dr_grpo", "steps": STEPS}, student={"path": str(student)}, discriminator=d)
+    init_distributed()
     pictures = torch.randint(0, 256, (8, 28, 56, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     rows = {
         "prompt": [[{"role": "user", "content": question}] for question in [*digits.QUESTIONS.values()][:4] * 2],
         "image": [Image.fromarray(each.numpy()) for each in pictures],
         "teacher_responses": [TEACHER] * 8,
     }
-    trainer = RILTrainer(
-        model=AutoModelForImageTextToText.from_pretrained(student),
-        processing_class=AutoProcessor.from_pretrained(student),
-        reward_funcs=digits_share,
-        adversary=adversary,
-        args=GRPOConfig(
+    settings = {
+        "model": AutoModelForImageTextToText.from_pretrained(student),
+        "processing_class": AutoProcessor.from_pretrained(student),
+        "reward_funcs": digits_share,
+        "args": GRPOConfig(
             output_dir=str(folder / "out"),
             use_cpu=True,
             bf16=False,
@@ -70,11 +61,14 @@ def main() -> None:
             disable_tqdm=True,
             gradient_checkpointing=False,
         ),
-        train_dataset=Dataset.from_dict(rows),
-    )
-    use_fused_logprob(trainer)
+        "train_dataset": Dataset.from_dict(rows),
+    }
+    given = {"config": config, "folder_of_d": folder, "settings": settings}
+    for block in reversed(python_blocks("integrations.trl")):  # the trainer, then the two lines that speed it up
+        exec(block, given)
+    trainer = given["trainer"]
     trainer.train()
-    weights = [float(each.detach().double().sum()) for each in module.parameters()]
+    weights = [float(each.detach().double().sum()) for each in trainer._adversary.module.parameters()]
     said = {"seen": seen, "history": trainer.state.log_history, "discriminator": weights}
     (folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(said))
 

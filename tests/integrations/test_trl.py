@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("trl", reason="TRL (extra `dev`, Python 3.11 or later) is not installed")
 from datasets import Dataset
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2Config, Qwen2ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -20,9 +21,13 @@ from trl.trainer.utils import add_fused_lm_head
 
 from benchmarks.runner import peak_mib
 from ril_engine import digits, tiny_models
-from ril_engine.integrations.trl import use_fused_head, use_fused_logprob
+from ril_engine.adversary import WEIGHTS
+from ril_engine.config import ModelConfig
+from ril_engine.discriminator import new_discriminator
+from ril_engine.integrations.trl import use_fused_head
 from tests.integrations.ril_trainer_job import STEPS as JOB_STEPS
 from tests.integrations.ril_trainer_job import TEACHER
+from tests.test_readme import python_blocks
 
 ROOT = Path(__file__).parents[2]
 
@@ -183,7 +188,8 @@ def test_ten_steps_of_a_vlm_are_trls_own_with_less_memory(student, tmp_path):
     for fused in (False, True):
         trainer = grpo(student, tmp_path / str(fused))
         if fused:
-            use_fused_logprob(trainer)
+            (block,) = (each for each in python_blocks("use_fused_logprob(trainer)"))
+            exec(block, {"trainer": trainer})
         trainer.train()
         histories.append([row for row in trainer.state.log_history if "loss" in row])
         peaks.append(peak_mib(partial(a_pass, trainer.model.train()), "cpu"))
@@ -200,6 +206,8 @@ def test_ten_steps_of_a_vlm_are_trls_own_with_less_memory(student, tmp_path):
 def test_ril_on_two_ranks(tmp_path):
     """Half of each group is the teacher's, D learns the same on both ranks to tell the halves apart, and pays."""
     tiny_models.build(tmp_path / "student", "tiny:student", [], seed=0)
+    module, _ = new_discriminator(ModelConfig(path=str(tmp_path / "student")))
+    save_file({name: value.clone() for name, value in module.state_dict().items()}, tmp_path / WEIGHTS)
     job, environment = Path(__file__).with_name("ril_trainer_job.py"), {**os.environ, "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", job, tmp_path]
