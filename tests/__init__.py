@@ -1,0 +1,1 @@
+"""A package, since OpenRLHF installs another one of this name."""
