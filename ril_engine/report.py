@@ -108,6 +108,7 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overfl
 font:.875rem/1.45 ui-monospace,monospace}details pre{max-height:none;background:var(--card);padding:1rem}
 summary{cursor:pointer}
 """
+LEGEND_CHARACTERS = 56  # side by side in a chart's legend
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -146,7 +147,10 @@ def _axes():
 
 
 def _legend(axes) -> None:
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), borderaxespad=0, borderpad=0, ncols=3, frameon=False)
+    """Above the curves, in as many columns as fit: a legend that is wider than the chart would squeeze the curves."""
+    longest = max(len(label) for label in axes.get_legend_handles_labels()[1])
+    ncols = max(1, LEGEND_CHARACTERS // (longest + 5))  # five for the line and the gaps
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02), borderaxespad=0, borderpad=0, ncols=ncols, frameon=False)
 
 
 def _panel(rows: list[dict], title: str, scale: str) -> str:

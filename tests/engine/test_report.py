@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -28,7 +30,8 @@ def metrics(step, ril):
         row |= {"reward/teacher_answer": 0.9, "reward/student_similarity": 0.3, "reward/teacher_similarity": 0.8}
         row |= {"discriminator/accuracy": 0.8, "loss/discriminator": 0.5, "grad_norm/discriminator": 2.0}
         row |= {"discriminator/auc": 0.9, "discriminator/student_score": 0.7, "discriminator/teacher_score": 0.2}
-        row |= {"discriminator/calibration_error": 0.1, "reward/similarity_by_length": 0.3, "reward/unscored": 0.0}
+        row |= {"discriminator/calibration_error": 0.1, "discriminator/score_by_length": 0.3, "reward/unscored": 0.0}
+        row |= {"reward/similarity_by_length": 0.3}
         row |= {f"reward/{kind}/{name}": 0.6 for kind in ("answer", "similarity") for name in ("qwen", "internvl")}
         seconds |= {"discriminator": 0.2}
     return {"step": step, "metrics": row, "seconds": seconds}
@@ -69,10 +72,10 @@ def run(tmp_path):
 class Page(HTMLParser):
     """Tags with attributes, and the visible text."""
 
-    def __init__(self, path: Path):
+    def __init__(self, html: Path | str):
         super().__init__()
         self.tags, self.text = [], ""
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(html if isinstance(html, str) else html.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -246,3 +249,39 @@ def test_an_unfinished_run(run):
     (run_dir / "result.json").unlink()
     with pytest.raises(UserError, match=r"result\.json does not exist: the report needs a run that has finished"):
         write_report(run_dir, data_dir)
+
+
+PROBE = """<script>addEventListener("load", () => {
+const box = each => each.getBoundingClientRect(), scrolls = each => each.closest(".scroll, pre");
+const charts = [...document.querySelectorAll("svg")];
+const seen = {
+  width: innerWidth, needed: document.documentElement.scrollWidth, images: document.images.length,
+  broken: [...document.images].filter(each => !each.naturalWidth).length, charts: charts.length,
+  squeezed: charts.filter(each => each.querySelector('[id^="matplotlib.axis_1"]')).filter(each =>
+    box(each.querySelector('[id^="matplotlib.axis_1"]')).width < 0.6 * box(each).width).length,
+  cut: charts.flatMap(each => [...each.querySelectorAll("text")]
+    .filter(text => box(text).right > box(each).right + 1).map(text => text.textContent)),
+  outside: [...document.body.querySelectorAll("*")]
+    .filter(each => box(each).right > innerWidth + 1 && !scrolls(each)).map(each => each.tagName)};
+parent.postMessage(JSON.stringify(seen), "*"); })</script>"""
+FRAME = """<body><iframe src="probed.html" style="width:{width}px;height:900px;border:0"></iframe>
+<script>onmessage = event => document.body.setAttribute("data-seen", event.data)</script></body>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium on PATH (Debian: apt install chromium)")
+@pytest.mark.parametrize("width", [390, 1280])  # a phone, and a desk
+def test_a_browser_draws_all_of_it(run, width):
+    run_dir, data_dir = run()
+    path = write_report(run_dir, data_dir)
+    page = path.read_text(encoding="utf-8")
+    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # which lets no script run
+    assert probed != page
+    path.with_name("probed.html").write_text(probed.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    path.with_name("frame.html").write_text(FRAME.format(width=width))  # no window is narrower than 500 pixels
+    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1400,1000"]
+    command += ["--virtual-time-budget=5000", "--dump-dom", path.with_name("frame.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    seen = json.loads(Page(done.stdout).attributes("body", "data-seen")[0])
+    assert seen["width"] == width and seen["needed"] <= width
+    assert seen["images"] > 0 and seen["broken"] == 0 and seen["charts"] >= 8
+    assert seen["squeezed"] == 0 and seen["cut"] == [] and seen["outside"] == []
