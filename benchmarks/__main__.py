@@ -13,7 +13,7 @@ import torch
 from benchmarks import runner
 from benchmarks.case import Case
 from benchmarks.cases import OPS, all_cases
-from benchmarks.report import KERNELS, write_results
+from benchmarks.report import KERNELS, PAPER, write_results
 from ril_engine.errors import UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +63,8 @@ def _origin(arguments: argparse.Namespace, device: str) -> dict:
 
 
 def _run(arguments: argparse.Namespace) -> dict:
+    if arguments.op == ["paper"]:
+        return _paper(arguments)
     device = _device(arguments.device)
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
@@ -87,6 +89,19 @@ def _run(arguments: argparse.Namespace) -> dict:
             f"{len(faults)} wrong results, first: {faults[0]}; repair the candidate, times would mean nothing"
         )
     return {"rows": written, "output": str(output)}
+
+
+def _paper(arguments: argparse.Namespace) -> dict:
+    from benchmarks import paper
+
+    origin = _origin(arguments, "cpu")
+    output, seeds = arguments.output or RESULTS / PAPER, arguments.seeds or (2 if arguments.short else 3)
+    if seeds < 1:
+        raise UserError(f"--seeds {seeds}: expected 1 or more; 3 is usual")
+    form = {"seeds": seeds, "short": arguments.short, "ablations": arguments.ablations, "ranks": arguments.ranks}
+    rows = paper.study(output, arguments.work_dir, origin=origin, **form)
+    folder = ROOT / "benchmarks" if output == RESULTS / PAPER else output.parent
+    return {"rows": rows, "output": str(output), "tables": str(paper.write_tables(output, folder))}
 
 
 def _print_row(row: dict) -> None:
@@ -125,13 +140,19 @@ def main() -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     run = commands.add_parser("run", help="check, time and append rows to benchmarks/results/DEVICE.jsonl")
     run.add_argument("--rounds", type=int, default=ROUNDS)
+    paper = run.add_argument_group("paper", "of `run paper`: the paper's comparison on the digits task (hours)")
+    paper.add_argument("--short", action="store_true", help="two seeds, three methods, less training (minutes)")
+    paper.add_argument("--seeds", type=int, help="default: 3, or 2 with --short")
+    paper.add_argument("--ablations", action="store_true", help="those of RIL with both teachers, too")
+    paper.add_argument("--ranks", type=int, default=2)
+    paper.add_argument("--work-dir", type=Path, default=Path("runs/paper"))
     kernels = commands.add_parser("kernels", help="compile the Triton kernels for three GPUs: results/kernels.jsonl")
     for each in (run, kernels):
         each.add_argument("--output", type=Path, help="another JSONL file")
         each.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
     listing = commands.add_parser("list", help="cases and candidates")
     for each in (run, listing):
-        each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all")
+        each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all of them; or paper")
         each.add_argument(
             "--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART"
         )

@@ -20,7 +20,7 @@ copy of the bytes that must move), over the candidate's. Peak MiB holds outputs 
 positions that a candidate computes, where candidates differ in it.
 """
 
-KERNELS = "kernels.jsonl"
+KERNELS, PAPER = "kernels.jsonl", "paper.jsonl"  # with tables of their own
 KERNELS_HEAD = """## Triton kernels, compiled and not run
 
 By `python -m benchmarks kernels` at {commit}, triton {triton}; each cell is for {targets}.
@@ -38,7 +38,9 @@ def write_results(folder: Path, path: Path) -> Path:
     Raises:
         UserError: no rows.
     """
-    rows = [row for file in sorted(folder.glob("*.jsonl")) if file.name != KERNELS for row in read_jsonl(file)]
+    rows = [
+        row for file in sorted(folder.glob("*.jsonl")) if file.name not in (KERNELS, PAPER) for row in read_jsonl(file)
+    ]
     if not rows:
         raise UserError(f"{folder}: no rows; run `python -m benchmarks run` first")
     newest: dict[tuple, dict] = {}

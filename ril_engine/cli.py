@@ -39,7 +39,8 @@ def _responses(config, _) -> dict:
     for name, by_id in scored_responses(with_judges(config), files, data_dir).items():
         some = [each["answer_reward"] for responses in by_id.values() for each in responses]
         rewards[name] = sum(some) / len(some)
-    return {"responses": {source: str(path) for source, path in files.items()}, "answer_reward": rewards}
+    paths = {source: str(path) for source, path in files.items()}
+    return {"data": str(data_dir), "responses": paths, "answer_reward": rewards}
 
 
 def _discriminator(config, _) -> dict:
