@@ -78,7 +78,8 @@ def _run(arguments: argparse.Namespace) -> dict:
             print(f"WRONG {faults[-1]}; the case is not timed", file=sys.stderr, flush=True)
         if wrong:
             continue
-        rows = runner.rows_of(case, runner.measure(case, device, arguments.rounds), arguments.rounds, origin)
+        rounds = min(arguments.rounds, case.max_rounds or arguments.rounds)
+        rows = runner.rows_of(case, runner.measure(case, device, rounds), rounds, origin)
         runner.append(output, rows)
         written += len(rows)
         print(case.name, file=sys.stderr)

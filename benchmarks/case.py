@@ -29,6 +29,7 @@ class Case:
     no_grad: bool = True  # whether the op is used without a gradient too
     tokens: dict[str, int] = field(default_factory=dict)  # candidate -> positions it computes, where that differs
     notes: dict[str, dict] = field(default_factory=dict)  # candidate -> what its last call says of itself, for its rows
+    max_rounds: int | None = None  # of a case whose calls take seconds
     grows: bool = False  # candidates are one work, `tokens` times over: their rows say how time grows with it
 
     @property

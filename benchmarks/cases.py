@@ -265,4 +265,4 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
     for name in SAMPLING:
         cases.append(("sampling", name, partial(sampling_case, name, rows, MODELS["Qwen2.5-VL-3B"][1], dtype, device)))
     cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
-    return cases + rollout_cases.all_cases(device) + step_cases.all_cases(device)
+    return cases + rollout_cases.all_cases(device) + step_cases.all_cases(device, full)

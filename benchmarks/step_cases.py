@@ -27,6 +27,7 @@ from ril_engine.adversary import WEIGHTS
 from ril_engine.config import Config
 from ril_engine.discriminator import discriminator_batch, encode_for_discriminator, load_decoder, new_discriminator
 from ril_engine.engine import init_distributed
+from ril_engine.families import language_model
 from ril_engine.loop import Loop
 from ril_engine.models import load
 from ril_engine.runlog import PhaseTimer
@@ -35,8 +36,8 @@ from ril_kernels.token_logprob.reference import token_logprob_reference
 
 PATCH = 28  # pixels of a side of what becomes one token
 # P -> tokens of the picture (rows, columns)
-SIZES = {64: (4, 7), 256: (14, 14)}
-QUESTIONS, SAMPLES, LENGTH = 2, 8, 32
+SIZES = {64: (4, 7), 256: (14, 14), 1024: (28, 32)}
+QUESTIONS, SAMPLES, LENGTH, ROUNDS = 2, 8, 32, 3
 HIDDEN, LAYERS, VOCABULARY = 448, 4, 8192
 BETA, RATE = 0.04, 1e-6
 TRL, RIL, PLAIN = "TRL GRPOTrainer", "ril_engine", "straightforward"
@@ -68,14 +69,14 @@ class Task:
         noise = torch.randint(256, (PATCH * picture[0], PATCH * picture[1], 3), generator=generator, dtype=torch.uint8)
         name = f"{number}.png"
         Image.fromarray(noise.numpy()).save(self.folder / name)
-        words = digits.QUESTIONS["left"].split()
-        for count in range(1, num_tokens):
-            text = " ".join(words[i % len(words)] for i in range(count))
-            messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
-            rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            found = processor(text=[rendered], images=[Image.open(self.folder / name)])["input_ids"][0]
-            if len(found) >= num_tokens:
-                break
+        with Image.open(self.folder / name) as image:
+            for text in ("What" + " the" * count + end for count in range(num_tokens) for end in ("", "?")):
+                messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+                rendered = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                if len(processor(text=[rendered], images=[image])["input_ids"][0]) == num_tokens:
+                    break
+            else:
+                raise ValueError(f"no question of {num_tokens} tokens with a picture of {picture}")
         return {"id": str(number), "question": text, "answer": "7", "image": name, "kind": "left"}
 
     def config(self, **changes) -> Config:
@@ -117,6 +118,8 @@ class OurStep:
 
     def __init__(self, loop: Loop, rows: list[dict]):
         self.loop, self.questions, self.number, self.note = loop, list(enumerate(rows)), 0, {}
+        self.decoders = [language_model(each.model) for each in (loop.policy, loop.reference)]
+        self.decoders += [loop.adversary.module.language_model] if loop.adversary is not None else []
         self.seconds: Counter[str] = Counter()
 
     def __call__(self) -> None:
@@ -181,6 +184,7 @@ class TRLStep:
         if fused:
             use_fused_logprob(trainer)
         trainer.current_gradient_accumulation_steps = 1
+        self.decoders = [language_model(each) for each in (trainer.model, trainer.ref_model)]
         self.optimizer = trainer.create_optimizer()
         self.batch = [trainer.train_dataset[i] for i in range(len(task.rows)) for _ in range(SAMPLES)]
         self.phases, self.note = Phases(), {}
@@ -222,11 +226,7 @@ def rl_case(num_tokens: int, picture: tuple[int, int]) -> Case:
     with torch.no_grad():
         losses[f"{TRL} with ril_kernels"] = float(fused.trainer._compute_loss(fused.trainer.model, inputs))
     steps = {TRL: theirs, f"{TRL} with ril_kernels": fused, RIL: OurStep(loop, task.rows)}
-    count, rows = len(task.rows), len(task.rows) * SAMPLES
-    padded = rows * (num_tokens + LENGTH - 1) + 2 * rows * (num_tokens + LENGTH)
-    packed = count * num_tokens + rows * (LENGTH - 1)
-    tokens = dict.fromkeys(steps, padded) | {RIL: packed + 2 * packed}
-    return case_of("RL alone", num_tokens, steps, losses, tokens)
+    return case_of("RL alone", num_tokens, SAMPLES, steps, losses)
 
 
 def loss_of(loop: Loop, rows: list[dict], inputs: dict) -> float:
@@ -257,6 +257,7 @@ class PlainRIL:
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.95))
         self.d_optimizer = torch.optim.AdamW([*self.decoder.parameters(), *self.score.parameters()], lr=1e-6)
         self.phases, self.note, self.number = Phases(), {}, 0
+        self.decoders = [language_model(self.model), language_model(self.reference), self.decoder]
 
     def __call__(self) -> None:
         rl, encoder = self.loop.config.rl, self.loop.encoder
@@ -363,11 +364,28 @@ def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
     teachers = [{"name": "other", "path": "tiny:qwen_teacher"}]
     loop = task.loop("ril", group, saved, d_path, teachers=teachers)
     steps = {PLAIN: PlainRIL(task, loop, saved), RIL: OurStep(loop, task.rows)}
-    return case_of("RIL", num_tokens, steps, {}, {})
+    return case_of("RIL", num_tokens, f"{group}+{group}", steps, {})
 
 
-def case_of(kind: str, num_tokens: int, steps: dict, losses: dict[str, float], tokens: dict[str, int]) -> Case:
+def positions(step: Callable[[], None]) -> int:
+    """What a step runs through the first layer of its language models."""
+    seen = 0
+
+    def count(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal seen
+        states = args[0] if args else kwargs["hidden_states"]
+        seen += states.shape[:-1].numel()
+
+    hooks = [each.layers[0].register_forward_pre_hook(count, with_kwargs=True) for each in step.decoders]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def case_of(kind: str, num_tokens: int, group: int | str, steps: dict, losses: dict[str, float]) -> Case:
     """A candidate's output is its loss of the same roll-outs, which must be the baseline's."""
+    tokens = {name: positions(step) for name, step in steps.items()}
 
     def candidate(step: Callable[[], None], name: str) -> Tensor:
         with torch.enable_grad():
@@ -376,18 +394,20 @@ def case_of(kind: str, num_tokens: int, steps: dict, losses: dict[str, float], t
 
     return Case(
         "step",
-        f"step {kind} P={num_tokens} R={LENGTH} Q={QUESTIONS} G={SAMPLES}",
+        f"step {kind} P={num_tokens} R={LENGTH} Q={QUESTIONS} G={group}",
         {},
         {name: partial(candidate, step, name) for name, step in steps.items()},
         {},
         "",
         tokens=tokens,
+        max_rounds=ROUNDS,
         notes={name: step.note for name, step in steps.items()},
     )
 
 
-def all_cases(device: str) -> list[tuple[str, str, Callable[[], Case]]]:
+def all_cases(device: str, full: bool) -> list[tuple[str, str, Callable[[], Case]]]:
     if device != "cpu":
         return []
-    rl = [("step", f"RL alone P={num}", partial(rl_case, num, size)) for num, size in SIZES.items()]
-    return [*rl, ("step", "RIL P=256", partial(ril_case, 256, SIZES[256]))]
+    rl = [("step", f"RL alone P={num}", partial(rl_case, num, SIZES[num])) for num in (64, 256)]
+    ril = [("step", f"RIL P={num}", partial(ril_case, num, SIZES[num])) for num in (256, *([1024] if full else []))]
+    return rl + ril

@@ -1,0 +1,43 @@
+"""Whole steps, small: what is compared takes the same questions, and has the same loss of the same roll-outs."""
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL (extra `dev`, Python 3.11 or later) is not installed")
+from benchmarks import step_cases
+from benchmarks.runner import wrong
+
+SMALL = {"HIDDEN": 64, "LAYERS": 1, "VOCABULARY": 1024, "SAMPLES": 4, "LENGTH": 6}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    for name, value in SMALL.items():
+        monkeypatch.setattr(step_cases, name, value)
+
+
+@pytest.fixture
+def trl_case(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of other tests' job of one, which TRL would join
+    return step_cases.rl_case(32, (2, 4))
+
+
+def test_rl_alone(trl_case):
+    assert wrong(trl_case) == {}
+    tokens = trl_case.tokens
+    rows, packed = 2 * 4, 2 * 32 + 2 * 4 * 5
+    assert tokens[step_cases.RIL] == 3 * packed
+    assert tokens[step_cases.TRL] == rows * (32 + 5) + 2 * rows * (32 + 6)  # generation, reference, policy
+    trl_case.candidates[step_cases.RIL]()
+    for name, note in trl_case.notes.items():
+        assert sum(note["phase_share"].values()) == pytest.approx(1, abs=0.1), name
+
+
+@pytest.mark.usefixtures("alone")
+def test_ril():
+    case = step_cases.ril_case(32, (2, 4))
+    assert wrong(case) == {} and case.tokens[step_cases.RIL] < 0.6 * case.tokens[step_cases.PLAIN]
+    for step in (case.candidates[name] for name in (step_cases.PLAIN, step_cases.RIL)):
+        assert torch.equal(step(), torch.zeros(1))
+    for note in case.notes.values():
+        assert {"rollout", "discriminator", "reference", "policy"} <= set(note["phase_share"])
