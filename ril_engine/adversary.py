@@ -22,10 +22,11 @@ from ril_engine.discriminator import (
     encode_for_discriminator,
     new_discriminator,
 )
-from ril_engine.engine import Engine
+from ril_engine.engine import Engine, device
 from ril_engine.errors import UserError
 from ril_engine.health import accuracy, auc, health
 from ril_engine.packing import micro_batches, shared_tokens
+from ril_engine.placement import to_device
 from ril_engine.runlog import progress
 from ril_kernels import discriminator_loss, similarity_reward
 
@@ -53,7 +54,7 @@ class Adversary:
 
     def __init__(self, config: Config, module: Discriminator, tokenizer, engine: Engine | None = None):
         self.settings, self.rl = config.discriminator, config.rl
-        self.module, self.tokenizer, self.engine = module, tokenizer, engine
+        self.module, self.tokenizer, self.engine = module.to(device()), tokenizer, engine
 
     @classmethod
     def pretrained(cls, config: Config, student: ModelConfig, folder: Path) -> Adversary:
@@ -61,7 +62,7 @@ class Adversary:
         from safetensors.torch import load_file
 
         settings, rl = config.discriminator, config.rl
-        module, tokenizer = new_discriminator(student, rl.packing, settings.temperature)
+        module, tokenizer = new_discriminator(student, rl.packing, settings.temperature, device())
         module.load_state_dict(load_file(folder / WEIGHTS))
         if settings.use == "fixed":
             return cls(config, module.requires_grad_(False).eval(), tokenizer)
@@ -79,7 +80,7 @@ class Adversary:
         planned = micro_batches(self.rl.packing, same, [shared] * len(rows), own, budget=budget, ranks=ranks)
         pad_id, packing = self.tokenizer.pad_token_id, self.rl.packing
         return [
-            (part, discriminator_batch([rows[i] for i in part or [0]], pad_id, packing, shared))
+            (part, to_device(discriminator_batch([rows[i] for i in part or [0]], pad_id, packing, shared), device()))
             for part in planned[dist.get_rank()]
         ]
 
@@ -110,12 +111,12 @@ class Adversary:
         for number, (part, inputs) in enumerate(batches, 1):
             index = part or [0]
             if slope is None:
-                smoothing = self.settings.label_smoothing
-                out = self.engine(*inputs, labels=labels[index], label_smoothing=smoothing, norm=len(labels))
+                smoothing, own = self.settings.label_smoothing, to_device(labels[index], device())
+                out = self.engine(*inputs, labels=own, label_smoothing=smoothing, norm=len(labels))
                 loss = out.loss
             else:
                 out = self.engine(*inputs)
-                loss = (slope[index] * out.logits).sum()
+                loss = (to_device(slope[index], device()) * out.logits).sum()
             self.engine.backward(loss * bool(part), last=number == len(batches))
             seen.append((part, out.logits.detach()))
         grad_norm = self.engine.step()["grad_norm"]
@@ -236,7 +237,7 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
     settings, every = config.discriminator.pretrain, config.discriminator.pretrain.validate_every
     training, held = by_question(responses, config.discriminator.validation_share)
     weights = {each.name: each.weight for each in config.teachers}
-    module, tokenizer = new_discriminator(student, config.rl.packing, config.discriminator.temperature)
+    module, tokenizer = new_discriminator(student, config.rl.packing, config.discriminator.temperature, device())
     rates = settings.model_dump(exclude={"batch_size", "validate_every", "patience"})
     adversary = Adversary(config, module, tokenizer, Engine(module, config=config.deepspeed, **rates))
     held_out = HeldOut(adversary, held)

@@ -58,6 +58,7 @@ def _discriminator(config, _) -> dict:
 
 def _evaluate(config, arguments) -> dict:
     from ril_engine import stages
+    from ril_engine.engine import device
     from ril_engine.evaluation import evaluate
     from ril_engine.models import Encoder, load
     from ril_engine.questions import evaluation_questions
@@ -65,6 +66,7 @@ def _evaluate(config, arguments) -> dict:
     data_dir, data_key = stages.data(config)
     path = arguments.student or stages.sft(config, data_dir, data_key)[0]
     model, processor = load(config.student.model_copy(update={"path": path}))
+    model.to(device())
     encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
     questions = evaluation_questions(config, data_dir)
     result = evaluate(config, model, encoder, questions, f"evaluation of {path}")

@@ -18,6 +18,7 @@ from ril_engine.families import adapt, language_model, only_rows, rms_epsilon, w
 from ril_engine.packing import pack, padded
 from ril_kernels import DiscriminatorOutput, discriminator_head
 
+CPU = torch.device("cpu")
 # Where checkpoints keep the decoder of a VLM or of a causal LM: Transformers 5, Transformers 4, and hub files.
 DECODER = {r"^(?:model\.|language_model\.)*(?=(?:embed_tokens|layers|norm)\.)": ""}
 # What other models' tokenizers take for a special token, and D's own may take for text.
@@ -68,8 +69,11 @@ class Discriminator(nn.Module):
         return self.score(states, torch.arange(len(last), device=states.device), **loss_settings)
 
 
-def new_discriminator(student: ModelConfig, packing: str = "padded", temperature: float = 1.0):
+def new_discriminator(
+    student: ModelConfig, packing: str = "padded", temperature: float = 1.0, device: torch.device = CPU
+):
     """D as it starts: the student's language model, made to read packs, and a zero score; and the student's tokenizer.
+    It is on the CPU, ready to be moved to `device`.
 
     Raises:
         UserError: no such checkpoint, or a decoder that is not whole or cannot read packs.
@@ -78,7 +82,7 @@ def new_discriminator(student: ModelConfig, packing: str = "padded", temperature
 
     decoder = load_decoder(student)
     module = Discriminator(decoder, temperature)  # looks at its norm here, on the CPU, where Liger's cannot run
-    adapt(decoder, packing)
+    adapt(decoder, packing, device)
     tokenizer = AutoTokenizer.from_pretrained(student.path, trust_remote_code=student.trust_remote_code)
     return module, tokenizer
 

@@ -26,11 +26,24 @@ def init_distributed() -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
-    deepspeed.init_distributed(verbose=False)
+    accelerator, backend = get_accelerator(), None
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
+        # Counts, metrics and Python objects are reduced on the host: nothing of it waits for the GPU.
+        backend = f"cpu:gloo,{accelerator.device_name()}:{accelerator.communication_backend_name()}"
+    deepspeed.init_distributed(backend, verbose=False)
+    if backend is not None:
+        return
     _unlink_buffers()
-    if get_accelerator().device_name() == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would start a thread per core, and then all of them wait for one another.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1"))))
+
+
+def device() -> torch.device:
+    """Where this process's models run: the accelerator that DeepSpeed found, or the CPU. A module given to an Engine is
+    moved there by it."""
+    return torch.device(get_accelerator().current_device_name())
 
 
 def _unlink_buffers() -> None:

@@ -56,11 +56,11 @@ def require_packable(config) -> None:
         )
 
 
-def adapt(decoder, packing: str) -> None:
-    """Make a language model read packs, where it will get any, with Liger's kernels on a GPU."""
+def adapt(decoder, packing: str, device: torch.device) -> None:
+    """Make a language model read packs, where it will get any, with Liger's kernels where it is to run on a GPU."""
     if packing != "padded":
         attend_over_packs(decoder)
-        if torch.cuda.is_available():
+        if device.type == "cuda":
             use_liger(decoder)
 
 

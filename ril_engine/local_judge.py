@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from ril_engine.config import JudgeConfig
+from ril_engine.engine import device
 from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs, only_rows, why_not_packable
 from ril_engine.judge import INSTRUCTIONS, OnScore, Text, score_of, user_turn
 from ril_engine.packing import micro_batches, pack, padded, shared_tokens
+from ril_engine.placement import to_device
 
 
 class FirstToken(nn.Module):
@@ -42,8 +44,9 @@ class LocalJudge:
 
     def __init__(self, config: JudgeConfig):
         self.config, self.name = config, f"judge {config.path}"
-        model, self.tokenizer = load_language_model(config)
-        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.device = device()
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        model, self.tokenizer = load_language_model(config, dtype)
         self.model = model.to(self.device).requires_grad_(False).eval()
         self.prompts = Prompts(self.tokenizer, config.mode, self.name)
         if config.mode == "yes_no":
@@ -79,14 +82,11 @@ class LocalJudge:
 
     def _yes_no(self, rows: list[list[int]], keys: list) -> Iterator[tuple[list[int], list[float]]]:
         for places, inputs, last in batches(rows, keys, self.packing, self.config.micro_batch_tokens):
-            logits = self.first_token(self._to_device(inputs), last.to(self.device)).float()
+            logits = self.first_token(*to_device((inputs, last), self.device)).float()
             margin = logits[:, self.yes].logsumexp(-1) - logits[:, self.no].logsumexp(-1)
             if not margin.isfinite().all():
                 raise UserError(f"{self.name}: its logits are not finite; its weights are damaged, give another one")
             yield places, (margin > 0).float().tolist()
-
-    def _to_device(self, inputs: dict) -> dict:
-        return {name: each.to(self.device) if isinstance(each, Tensor) else each for name, each in inputs.items()}
 
     def _explain(self, rows: list[list[int]], keys: list) -> Iterator[tuple[list[int], list[float | None]]]:
         for places, replies in self._replies(rows):
@@ -104,7 +104,7 @@ class LocalJudge:
         sizes = [len(row) + limit for row in rows]
         (planned,) = micro_batches("padded", sizes, [0] * len(rows), sizes, budget=self.config.micro_batch_tokens)
         for places in filter(None, planned):
-            inputs = self._to_device(padded([rows[i] for i in places], pad, left=True))
+            inputs = to_device(padded([rows[i] for i in places], pad, left=True), self.device)
             out = self.model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].tolist()
             ended = [next((i for i, token in enumerate(reply) if token in ends), None) for reply in out]
             texts = [
@@ -205,7 +205,7 @@ def _saved(keys: list, prefix: list[int]) -> int:
     return sum(prefix) - sum(dict(zip(keys, prefix, strict=True)).values())
 
 
-def load_language_model(config: JudgeConfig):
+def load_language_model(config: JudgeConfig, dtype: torch.dtype = torch.float32):
     """A causal LM, or the text part of a VLM, and its tokenizer.
 
     Raises:
@@ -214,7 +214,6 @@ def load_language_model(config: JudgeConfig):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     options = {"trust_remote_code": config.trust_remote_code}
-    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
         try:

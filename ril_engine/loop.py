@@ -17,11 +17,12 @@ from transformers import set_seed
 
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config
-from ril_engine.engine import Engine
+from ril_engine.engine import Engine, device
 from ril_engine.errors import OutsideError, UserError
 from ril_engine.families import adapt, language_model
 from ril_engine.models import Encoder, load
 from ril_engine.packing import micro_batches
+from ril_engine.placement import to_device
 from ril_engine.policy import Policy
 from ril_engine.rewards import AnswerRewards
 from ril_engine.rollout import rollout, seed_of
@@ -46,10 +47,12 @@ class Loop:
         model, processor = load(start)
         if not rl.train_vision_tower:
             model.model.get_submodule(_vision_name(model)).requires_grad_(False)
-        adapt(language_model(model), rl.packing)
+        adapt(language_model(model), rl.packing, device())
         self.policy = Policy(model)
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
-        self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval() if self.beta > 0 else None
+        self.reference = None
+        if self.beta > 0:
+            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval().to(device())
         self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
         self.student = Engine(
             self.policy,
@@ -149,6 +152,7 @@ class Loop:
             index = part or [0]
             some = [responses[i] for i in index]
             batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some], rl.packing)
+            batch = batch.to(device())
             settings = {"advantages": advantages[index], "norm": norm, "beta": self.beta}
             settings |= {"clip_low": rl.clip_low, "clip_high": rl.clip_high}
             settings["loss_type"] = "grpo" if rl.algorithm == "grpo" else "dr_grpo"
@@ -163,43 +167,32 @@ class Loop:
                 settings |= {"kl_mask": settings["mask"] & own[batch.response_index], "kl_norm": kl_norm}
             sampler = torch.tensor(sampler)
             if rl.importance_cap is not None:
-                settings |= {"sampler_logprobs": sampler, "importance_cap": rl.importance_cap}
+                settings |= {"sampler_logprobs": to_device(sampler, device()), "importance_cap": rl.importance_cap}
             prepared.append((batch, settings, sampler))
         self.policy.train()
         out: dict[str, Metric] = {}
         skipped = 0  # updates
         gap, sampled = 0.0, 0  # how far the trainer's own log-probs are from the sampler's, over what both have
         for update in range(rl.updates_per_step):
-            metrics, total = [], 0.0
-            for batch, settings, sampler in prepared:
+            losses, records = [], []
+            for batch, settings, _ in prepared:
                 loss, record = self.student(batch, **settings)
                 self.student.backward(loss, last=batch is prepared[-1][0])
-                if update == 0:
-                    if rl.updates_per_step > 1:
-                        settings["behavior_logprobs"] = record.logprobs
-                    own = record.logprobs.cpu()
+                if update == 0 and rl.updates_per_step > 1:
+                    settings["behavior_logprobs"] = record.logprobs
+                losses.append(loss.detach())
+                records.append(record)
+            norms = self.student.step()
+            skipped += not math.isfinite(norms["grad_norm"])
+            # Read after the update, so that no micro-batch waits for the one before it.
+            if update == 0:
+                logprobs = torch.cat([each.logprobs for each in records]).cpu().split([len(s) for *_, s in prepared])
+                for (_, settings, sampler), own in zip(prepared, logprobs, strict=True):
                     some = settings["mask"] & (own != 0) & sampler.isfinite()
                     gap += float((own - sampler)[some].abs().sum())
                     sampled += int(some.sum())
-                metrics.append(record)
-                total += float(loss.detach())
-            norms = self.student.step()
-            skipped += not math.isfinite(norms["grad_norm"])
-            tokens = sum(int(m.num_tokens) for m in metrics)
-            computed = sum(int(m.num_computed) for m in metrics)  # what the means of a record are over
-            mean = {
-                name: (sum(float(getattr(m, field)) * int(m.num_computed) for m in metrics), computed)
-                for name, field in (
-                    ("entropy", "entropy"),
-                    ("clip/low", "clip_low_fraction"),
-                    ("clip/high", "clip_high_fraction"),
-                )
-            }
-            mean["ratio/max"] = max(float(m.ratio_max) for m in metrics)
-            if self.reference is not None:
-                kl_tokens = sum(int(m.num_kl_tokens) for m in metrics)
-                mean["kl"] = (sum(float(m.kl) * int(m.num_kl_tokens) for m in metrics), kl_tokens)
-            out = {"loss/policy": total * self.world, "tokens": tokens, "sampler/gap": (gap, sampled), **mean}
+            out = _means(losses, records) | {"sampler/gap": (gap, sampled)}
+            out["loss/policy"] *= self.world
             out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
             out["skipped/student"] = float(skipped)
         return out
@@ -239,6 +232,27 @@ class Loop:
         with timer.phase("policy"):
             metrics |= self.update_policy(responses, advantages, timer)
         return metrics | _describe(responses, advantages), responses
+
+
+def _means(losses: list[torch.Tensor], records: list) -> dict[str, Metric]:
+    """Of one update's micro-batches, from the loss and the PolicyMetrics of each; all of it is read at once."""
+    names = ["num_tokens", "num_computed", "entropy", "clip_low_fraction", "clip_high_fraction", "ratio_max"]
+    names += [] if records[0].kl is None else ["kl", "num_kl_tokens"]
+    rows = [[loss, *(getattr(each, name) for name in names)] for loss, each in zip(losses, records, strict=True)]
+    table = torch.stack([torch.stack([value.double() for value in row]) for row in rows]).tolist()
+    of = dict(zip(("loss", *names), zip(*table, strict=True), strict=True))
+
+    def mean(name: str, count: str = "num_computed") -> tuple[float, float]:  # a record's means are over what it counts
+        return sum(value * number for value, number in zip(of[name], of[count], strict=True)), sum(of[count])
+
+    out: dict[str, Metric] = {
+        "loss/policy": sum(of["loss"]),
+        "tokens": sum(of["num_tokens"]),
+        "entropy": mean("entropy"),
+    }
+    out |= {"clip/low": mean("clip_low_fraction"), "clip/high": mean("clip_high_fraction")}
+    out["ratio/max"] = max(of["ratio_max"])
+    return out | ({} if records[0].kl is None else {"kl": mean("kl", "num_kl_tokens")})
 
 
 def _vision_name(model) -> str:

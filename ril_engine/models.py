@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -18,18 +18,25 @@ from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
 from ril_engine.families import require_packable
 from ril_engine.packing import TOKEN_KEYS, pack
+from ril_engine.placement import to_device
 
 CACHED_PROMPTS = 4096
 
 
 @dataclass
 class Batch:
-    """A forward's inputs and, for each response token, the row of the flat hidden states that predicts it."""
+    """A forward's inputs and, for each response token, the row of the flat hidden states that predicts it.
+
+    On a GPU response_index stays on the CPU, where `policy_loss` wants it."""
 
     inputs: dict[str, Tensor]
     row: Tensor  # (T,) int64 into B * S; where responses share a prompt its last row predicts each one's first token
     target: Tensor  # (T,) int64
     response_index: Tensor  # (T,) int64 in [0, N)
+
+    def to(self, device: torch.device) -> Batch:
+        inputs, row, target = to_device((self.inputs, self.row, self.target), device)
+        return replace(self, inputs=inputs, row=row, target=target)
 
 
 def load(config: ModelConfig, dtype: torch.dtype = torch.float32):

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from ril_engine.config import Config
 from ril_engine.discriminator import Discriminator, discriminator_batch
-from ril_engine.families import adapt, language_model, use_liger
+from ril_engine.families import adapt, language_model
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
 from ril_engine.packing import micro_batches
@@ -95,9 +95,7 @@ class Plan:
     def _phases(self) -> list[Phase]:
         config, rl, ledger = self.config, self.config.rl, self.ledger
         for decoder in self.decoders:
-            adapt(decoder, rl.packing)
-            if self.on_gpu and rl.packing != "padded" and not torch.cuda.is_available():
-                use_liger(decoder)
+            adapt(decoder, rl.packing, torch.device("cuda" if self.on_gpu else "cpu"))
         ledger.hold([*self.model.parameters(), *self.model.buffers()])
         held = {"student": ledger.live}
         if not rl.train_vision_tower:

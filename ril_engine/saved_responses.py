@@ -11,6 +11,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ril_engine.config import Config, ModelConfig, TeacherConfig
+from ril_engine.engine import device
 from ril_engine.errors import UserError
 from ril_engine.models import Encoder, image_url, load, load_tokenizer
 from ril_engine.questions import json_lines, read_jsonl, text_of, training_questions
@@ -67,7 +68,7 @@ def responses(config: Config, source: str, which: ModelConfig, model_key: str, d
 
     def build(out: Path) -> None:
         model, processor = load(which)
-        encoder = Encoder(model.eval(), processor, data_dir, config.data.max_image_pixels)
+        encoder = Encoder(model.to(device()).eval(), processor, data_dir, config.data.max_image_pixels)
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         mine = [(i, rows[i]) for i in range(rank, len(rows), world)]
         sampler, size = rollout(model, encoder, config.sampling), config.sampling.batch_size

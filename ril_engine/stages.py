@@ -20,7 +20,7 @@ import ril_kernels
 from ril_engine import __version__, digits, tiny_models
 from ril_engine.adversary import pretrain
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
-from ril_engine.engine import Engine
+from ril_engine.engine import Engine, device
 from ril_engine.errors import UserError, require_free_disk
 from ril_engine.locks import held
 from ril_engine.models import Encoder, load
@@ -210,12 +210,10 @@ def train_supervised(
             tokens = sum(map(len, responses))
             mine = list(range(rank, settings.batch_size, world))
             chunks = [mine[i : i + settings.micro_batch_size] for i in range(0, len(mine), settings.micro_batch_size)]
-            total = 0.0
             for chunk in chunks:
                 batch = encoder.batch([rows[picks[i]] for i in chunk], [responses[i] for i in chunk])
-                loss = -engine(batch).sum() / tokens
+                loss = -engine(batch.to(device())).sum() / tokens
                 engine.backward(loss, last=chunk is chunks[-1])
-                total += float(loss.detach())
             engine.step()
             advance(1)
     if is_main():

@@ -20,11 +20,12 @@ from torch.nn.functional import cross_entropy
 
 from ril_engine import digits, stages, tiny_models
 from ril_engine.config import Config, JudgeConfig, TrainingConfig
-from ril_engine.engine import Engine
+from ril_engine.engine import Engine, device
 from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs
 from ril_engine.judge import INSTRUCTIONS, user_turn
 from ril_engine.local_judge import FirstToken, Prompts, batches, load_language_model
+from ril_engine.placement import to_device
 from ril_engine.runlog import progress
 
 # Per step: few of many steps, since a model this small learns to compare two numbers all at once, after enough of them.
@@ -187,6 +188,7 @@ def _train(config: Config, which: JudgeConfig, settings: TrainingConfig, out: Pa
             for number, (places, inputs, last) in enumerate(planned, 1):
                 verdict = torch.tensor([yes if mine[i][1] == mine[i][3] else no for i in places])
                 numbers = torch.tensor([_digits(mine[i][1]) + _digits(mine[i][3]) for i in places])
+                inputs, last, verdict, numbers = to_device((inputs, last, verdict, numbers), device())
                 logits, named = engine(inputs, last)
                 loss = cross_entropy(logits, verdict, reduction="sum")
                 loss = loss + NUMBERS_WEIGHT / 4 * cross_entropy(named.transpose(1, 2), numbers, reduction="sum")

@@ -51,10 +51,13 @@ def alone():
 
 class NoWaits(TorchDispatchMode):
     """Refuses what fake tensors allow and a host would wait for: copies from the GPU, and copies to it but for
-    non-blocking ones from pinned memory. Keeps the sizes of what the ops make."""
+    non-blocking ones from pinned memory. Keeps the sizes of what the ops make.
 
-    def __init__(self) -> None:
+    `gpu`: "cuda" for fake tensors, or "meta", which autograd runs without a GPU; nothing is pinned for that."""
+
+    def __init__(self, gpu: str = "cuda") -> None:
         super().__init__()
+        self.gpu = gpu
         self.sizes: list[int] = []
         self.pinned: list[Tensor] = []
 
@@ -68,10 +71,11 @@ class NoWaits(TorchDispatchMode):
         made = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_host = [x for x in given if x.device.type == "cpu"]
-        if any(x.is_cuda for x in given) and not all(x.is_cuda for x in made):
+        there, here = ([x for x in some if x.device.type == self.gpu] for some in (given, made))
+        if there and len(here) < len(made):
             raise AssertionError(f"{func} copies from the GPU to the host")
-        if on_host and any(x.is_cuda for x in made):
-            pinned = all(any(x is y for y in self.pinned) for x in on_host)
+        if on_host and here:
+            pinned = self.gpu == "meta" or all(any(x is y for y in self.pinned) for x in on_host)
             assert pinned and kwargs.get("non_blocking"), f"{func} copies to the GPU and waits"
         self.sizes += [x.numel() for x in made]
         return result
@@ -88,3 +92,8 @@ def _fake_gpu() -> Iterator[NoWaits]:
 @pytest.fixture
 def fake_gpu():
     return _fake_gpu
+
+
+@pytest.fixture
+def no_waits():
+    return NoWaits

@@ -18,6 +18,7 @@ from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs, language_model, only_rows
 from ril_engine.models import Encoder
 from ril_engine.packing import NO_MASK, pack
+from ril_engine.placement import to_device
 from ril_engine.rollout.cache import Cache, Decode, Prefill, visible
 from ril_engine.rollout.graphs import Graphs
 from ril_engine.rollout.response import Response, draw_settings
@@ -238,8 +239,7 @@ class Rollout:
         return torch.stack([each.double() for each in drawn], dim=1)
 
     def _to(self, value: Tensor) -> Tensor:
-        # From pinned memory the copy waits for nothing.
-        return value.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else value
+        return to_device(value, self.device)
 
     @contextmanager
     def _clock(self, name: str) -> Iterator[None]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ril_engine.config import SamplingConfig
 from ril_engine.models import Encoder
+from ril_engine.placement import to_device
 from ril_engine.rollout.response import Response, draw_settings
 from ril_kernels import sample, token_bits
 
@@ -35,8 +36,7 @@ class PaddedRollout:
         out: list[Response] = []
         for start in range(0, len(wanted), self.sampling.batch_size):
             part = wanted[start : start + self.sampling.batch_size]
-            prompts = self.encoder.prompts([row for _, row, _ in part])
-            inputs = {name: value.to(self.model.device) for name, value in prompts.items()}
+            inputs = to_device(self.encoder.prompts([row for _, row, _ in part]), self.model.device)
             draw = _Draw(self, part, inputs, seed, greedy)
             with self._own_settings():
                 self.model.generate(

@@ -1,6 +1,5 @@
 """One step of Algorithm 2 with real engines: labels, micro-batches, averages, checkpoints."""
 
-import json
 import math
 import random
 
@@ -8,51 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ril_engine import adversary, checkpoints, digits, tiny_models
-from ril_engine.adversary import WEIGHTS
-from ril_engine.config import Config, ModelConfig
-from ril_engine.discriminator import new_discriminator
+from ril_engine import adversary, checkpoints
+from ril_engine.config import Config
 from ril_engine.errors import UserError
-from ril_engine.loop import Loop, average, scheduled
+from ril_engine.loop import average, scheduled
 from ril_engine.runlog import PhaseTimer
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory, alone):
-    """A student, data, saved responses of two teachers and a fresh D, in a job of one rank."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("job")
-    settings = {
-        "work_dir": folder / "runs",
-        "teachers": [{"name": "a", "path": "tiny:qwen_teacher"}, {"name": "b", "path": "tiny:internvl_teacher"}],
-        "sampling": {"max_new_tokens": 6},
-        "rl": {"steps": 4, "questions_per_step": 3, "learning_rate": 1e-3, "updates_per_step": 2, "beta": 0.1},
-        "discriminator": {"learning_rate": 2e-3},
-        "data": {"digits": {"train_questions": 9, "validation_questions": 1, "test_questions": 1, "sft_questions": 4}},
-    }
-    config = Config.model_validate(settings)
-    student, data_dir, d_path = folder / "student", folder / "data", folder / "d"
-    data_dir.mkdir()
-    d_path.mkdir()
-    tiny_models.build(student, "tiny:student", [config.discriminator.instruction], 0)
-    digits.build(data_dir, config.data.digits, {})
-    rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
-    saved: dict = {}
-    for name, style in (("a", "sentences"), ("b", "clauses")):
-        for row in rows:
-            text = digits.reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)
-            record = {"source": name, "text": text, "truncated": False, "answer_reward": 1.0}
-            saved.setdefault(name, {})[row["id"]] = [record] * 4
-    module, _ = new_discriminator(ModelConfig(path=str(student)))
-    save_file({k: v.clone() for k, v in module.state_dict().items()}, d_path / WEIGHTS)
-
-    def make(discriminator: dict | None = None, **rl) -> Loop:
-        changes = {"discriminator": {**settings["discriminator"], **(discriminator or {})}}
-        changed = Config.model_validate({**settings, **changes, "rl": {**settings["rl"], **rl}})
-        return Loop(changed, data_dir, str(student), saved, d_path)
-
-    return make, list(enumerate(rows))[:3]
 
 
 def test_the_policy_gradient_does_not_depend_on_packing_or_micro_batches(job):

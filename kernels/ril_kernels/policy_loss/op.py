@@ -17,6 +17,7 @@ from ril_kernels._checks import (
     refuse,
     result_dtype,
 )
+from ril_kernels.copies import to_device
 from ril_kernels.policy_loss.advantages import group_advantages
 from ril_kernels.policy_loss.fused import fused_policy_loss
 from ril_kernels.policy_loss.reference import (
@@ -75,10 +76,10 @@ def _token_advantages(
         check_finite(name, value, "Find out which reward function produced it.")
     if letter == "T":
         check_index_range("response_index", response_index, 2**62, "N", "Number the responses from 0.")
-        return value.detach().to(device), int(response_index.max()) + 1
+        return to_device(value.detach(), device), int(response_index.max()) + 1
     remedy = "It numbers the responses in the order of rewards or advantages."
     check_index_range("response_index", response_index, shapes.size["N"], "N", remedy)
-    return value.detach().to(device)[response_index], shapes.size["N"]
+    return to_device(value.detach(), device)[response_index], shapes.size["N"]
 
 
 def _check_settings(settings: LossSettings, ratio_level: str) -> None:
@@ -218,8 +219,8 @@ def policy_loss(
     given = (rewards, groups, advantages, token_advantages)
     device = hidden.device
     if not all(value is None or value.device.type == "cpu" for value in (response_index, mask, kl_mask, *given)):
-        response_index = response_index.to(device)
-        mask, kl_mask = (None if value is None else value.to(device) for value in (mask, kl_mask))
+        response_index = to_device(response_index, device)
+        mask, kl_mask = (None if value is None else to_device(value, device) for value in (mask, kl_mask))
     args = (device, response_index, shapes, result_dtype(hidden.dtype), advantage)
     spread, num_responses = _token_advantages(*args, *given)
     mask = torch.ones_like(response_index, dtype=torch.bool) if mask is None else mask
@@ -231,7 +232,7 @@ def policy_loss(
     terms = TokenTerms(spread, weight, mask, mask if kl_mask is None else kl_mask, **constants)
     rows = counted_rows(needed_tokens(terms, settings), device)
     terms = terms.to(device)
-    sequences = (response_index.to(device), num_responses) if ratio_level == "sequence" else None
+    sequences = (to_device(response_index, device), num_responses) if ratio_level == "sequence" else None
     head = {"bias": bias, "temperature": temperature, "softcap": softcap}
     backend = resolve_backend(backend, hidden)
     if backend == "reference":

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ril_kernels.copies import to_device
 from ril_kernels.token_logprob.reference import IGNORE_INDEX, token_logprob_reference
 
 ADVANTAGE_KINDS = ("dr_grpo", "grpo", "rloo")  # cpu.cpp numbers them in this order
@@ -53,7 +54,7 @@ class TokenTerms(NamedTuple):
         return TokenTerms(*(None if value is None else value[index] for value in self))
 
     def to(self, device: torch.device) -> "TokenTerms":
-        return TokenTerms(*(None if value is None else value.to(device, non_blocking=True) for value in self))
+        return TokenTerms(*(None if value is None else to_device(value, device) for value in self))
 
 
 class LossSettings(NamedTuple):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ril_kernels._checks import check_tensor, refuse
+from ril_kernels.copies import to_device
 
 CPU = torch.device("cpu")
 
@@ -101,8 +102,7 @@ class PackLayout:
 
 def _to(device: torch.device, value: object) -> object:
     if isinstance(value, Tensor):
-        # From pinned memory the copy waits for nothing.
-        return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
+        return to_device(value, device)
     return type(value)(*(_to(device, part) for part in value)) if hasattr(value, "_fields") else value
 
 

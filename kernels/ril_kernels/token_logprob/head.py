@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ril_kernels._checks import dtype_name, refuse
+from ril_kernels.copies import to_device
 
 BACKENDS = ("auto", "reference", "cpu", "triton")
 CPU_DTYPES = (torch.float32, torch.bfloat16)
@@ -49,7 +50,7 @@ def counted_rows(
         return None
     rows = counts.nonzero().squeeze(1)
     # Where no row counts one dead row takes part: results and gradients are zeros and still have a graph.
-    return (rows if len(rows) else rows.new_zeros(1)).to(device, non_blocking=True)
+    return to_device(rows if len(rows) else rows.new_zeros(1), device)
 
 
 def take(
