@@ -251,6 +251,27 @@ class DiscriminatorConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank adapters of the student, trained in place of its weights. Its reference is itself without them."""
+
+    rank: Count = 16
+    alpha: Positive = Field(32.0, description="what the adapters give is multiplied by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of what the adapters read, in updates")
+    target_modules: list[str] | None = Field(
+        None, min_length=1, description="names of linear layers, such as q_proj; default: all of the language model"
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _no_head(cls, names: list[str] | None) -> list[str] | None:
+        if names is not None and (found := sorted({"lm_head", "embed_tokens"} & set(names))):
+            raise ValueError(
+                f"got {found[0]}, expected linear layers between embeddings and head, whose own weights the loss and "
+                "the generation read: remove it"
+            )
+        return names
+
+
 class RLConfig(Section):
     algorithm: Literal["ril", "dr_grpo", "grpo", "sft"] = Field(
         "ril",
@@ -288,6 +309,7 @@ class RLConfig(Section):
         8192, description="tokens per forward and rank, padding included; a longer sequence gets a forward of its own"
     )
     train_vision_tower: bool = False
+    lora: LoraConfig | None = Field(None, description="train adapters of the student, not its weights; {} for defaults")
     save_every: int = Field(50, ge=0, description="steps between checkpoints; 0: only where a signal stops the run")
     keep_checkpoints: Count = Field(2, description="how many of them, the newest")
     max_skipped_steps: Count = Field(
@@ -345,6 +367,11 @@ class Config(Section):
             raise ValueError(
                 f"teachers is empty, but rl.algorithm is {self.rl.algorithm}: name a teacher or set rl.algorithm: "
                 "dr_grpo"
+            )
+        if self.rl.lora is not None and self.rl.train_vision_tower:
+            raise ValueError(
+                "rl.train_vision_tower is true with rl.lora, whose adapters are of the language model alone: remove "
+                "one of them"
             )
         if self.rl.importance_cap is not None and self.rl.algorithm == "sft":
             raise ValueError("rl.importance_cap has no effect with rl.algorithm sft, which samples nothing: remove it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import socket
@@ -79,6 +80,12 @@ def scaled_for_average(loss_sum: torch.Tensor, world_size: int) -> torch.Tensor:
     return loss_sum * world_size
 
 
+def _keep(names: set[str], module, state: dict, prefix: str, _) -> None:
+    """In a state dict, of the module that has these names."""
+    for name in [name for name in state if name.removeprefix(prefix) not in names]:
+        del state[name]
+
+
 class Engine:
     """A module, its AdamW and its learning-rate schedule: linear warm-up, linear to the final rate, and constant."""
 
@@ -94,7 +101,9 @@ class Engine:
         final_steps: int = 0,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        save_frozen: bool = True,
     ):
+        """`save_frozen`: False keeps what is not trained out of checkpoints; `load` then leaves it as it is."""
         init_distributed()
         final = learning_rate if final_learning_rate is None else final_learning_rate
 
@@ -112,7 +121,10 @@ class Engine:
             lr_scheduler=torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
             config=to_deepspeed(config, max_grad_norm),
         )
-        self.module = module
+        self.module, self.save_frozen = module, save_frozen
+        if not save_frozen:  # DeepSpeed leaves out one name of a parameter only, and the head's has two or three
+            names = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+            module.register_state_dict_post_hook(functools.partial(_keep, names))
         self.world_size = dist.get_world_size()
 
     def __call__(self, *args, **kwargs):
@@ -143,10 +155,11 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Parameters, optimiser and schedule. All ranks call it."""
-        self.engine.save_checkpoint(str(folder), tag="state", save_latest=False)
+        settings = {"save_latest": False, "exclude_frozen_parameters": not self.save_frozen}
+        self.engine.save_checkpoint(str(folder), tag="state", **settings)
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. All ranks call it."""
         if not list((folder / "state").glob("*.pt")):
             raise UserError(f"checkpoint {folder}: no state/*.pt there; start a new run with --config")
-        self.engine.load_checkpoint(str(folder), tag="state")
+        self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.save_frozen)

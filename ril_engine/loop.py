@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from ril_engine.config import Config
 from ril_engine.engine import Engine, device
 from ril_engine.errors import OutsideError, UserError
 from ril_engine.families import adapt, language_model
-from ril_engine.models import Encoder, load
+from ril_engine.lora import add_adapters, without
+from ril_engine.models import Batch, Encoder, load
 from ril_engine.packing import micro_batches
 from ril_engine.placement import to_device
 from ril_engine.policy import Policy
@@ -48,16 +50,16 @@ class Loop:
         if not rl.train_vision_tower:
             model.model.get_submodule(_vision_name(model)).requires_grad_(False)
         adapt(language_model(model), rl.packing, device())
+        adapters = None if rl.lora is None else add_adapters(model, rl.lora, seed_of(config.seed, 5) % 2**32)
         self.policy = Policy(model)
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
-        self.reference = None
-        if self.beta > 0:
-            self.reference = copy.deepcopy(self.policy).requires_grad_(False).eval().to(device())
+        self.reference = self._reference(adapters) if self.beta > 0 else None
         self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
         self.student = Engine(
             self.policy,
             config=config.deepspeed,
             steps=rl.steps * rl.updates_per_step,
+            save_frozen=rl.lora is None,
             **{name: getattr(rl, name) for name in ("learning_rate", "final_learning_rate", "warmup_steps")},
             **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
         )
@@ -67,6 +69,18 @@ class Loop:
         self.adversary = None if d_path is None else Adversary.pretrained(config, start, d_path)
         if self.adversary is not None and self.adversary.engine is not None:
             self.engines["discriminator"] = self.adversary.engine
+
+    def _reference(self, adapters) -> Callable[[Batch], torch.Tensor]:
+        """Log-probs of the policy as RIL starts: of the student without its adapters, or of a copy of it."""
+        if adapters is None:
+            return copy.deepcopy(self.policy).requires_grad_(False).eval().to(device())
+
+        def reference(batch: Batch) -> torch.Tensor:
+            self.policy.eval()
+            with without(adapters):
+                return self.policy(batch)
+
+        return reference
 
     def rollout(self, step: int, questions: list[tuple[int, dict]]) -> list[dict]:
         """G responses of the student per question, then G saved ones of the teachers, drawn without replacement."""

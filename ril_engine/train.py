@@ -27,6 +27,7 @@ from ril_engine.errors import OutsideError, UserError, exit_code, leave, require
 from ril_engine.evaluation import evaluate
 from ril_engine.locks import held
 from ril_engine.loop import Loop, average, scheduled
+from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
 from ril_engine.questions import evaluation_questions
 from ril_engine.report import write_report
@@ -145,7 +146,7 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
         "data": str(data_dir),
     }
     if rank == 0:
-        loop.policy.model.save_pretrained(run_dir / "student")
+        loop.policy.model.save_pretrained(run_dir / "student", state_dict=merged(loop.policy.model))
         loop.encoder.processor.save_pretrained(run_dir / "student")
         (run_dir / "result.tmp").write_text(json.dumps(result, indent=1))
         os.replace(run_dir / "result.tmp", run_dir / "result.json")  # what says that the run has ended is whole

@@ -71,7 +71,6 @@ def test_engine_modules_shadow_nothing():
         "kernels",
         "datasets",
         "evaluate",
-        "peft",
         "vllm",
         "flash_attn",
         "wandb",

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import torch
 import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
@@ -14,6 +15,8 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
 from ril_engine import families
+from ril_engine.config import LoraConfig
+from ril_engine.lora import add_adapters
 
 
 @triton.jit
@@ -34,7 +37,8 @@ def test_liger_changes_the_language_model_only_and_no_result(name, modeling, tmp
     monkeypatch.setattr(modeling, "apply_rotary_pos_emb", modeling.apply_rotary_pos_emb)
     model, encoder = vlm(tmp_path, name)
     model = model.float()
-    want, want_gradients, _ = packed(copy.deepcopy(model), encoder, "shared", 10_000)
+    plain = copy.deepcopy(model)
+    want, want_gradients, _ = packed(plain, encoder, "shared", 10_000)
     forward = type(model).forward
     families.use_liger(families.language_model(model))
     got, got_gradients, _ = packed(model, encoder, "shared", 10_000)
@@ -49,3 +53,14 @@ def test_liger_changes_the_language_model_only_and_no_result(name, modeling, tmp
     assert type(model).forward is forward  # its fused loss would be here
     assert max(error(g, w) for g, w in zip(got, want, strict=True)) < 1e-5
     assert worst(got_gradients, want_gradients)[0] < 1e-5
+    # Adapters are in the layers that Liger's MLP calls.
+    for each in (plain, model):
+        add_adapters(each, LoraConfig(rank=4), seed=0)
+        with torch.no_grad():
+            for parameter in filter(lambda parameter: parameter.requires_grad, each.parameters()):
+                parameter.add_(0.02)
+    adapted, adapted_gradients, _ = packed(plain, encoder, "shared", 10_000)
+    assert max(error(a, w) for a, w in zip(adapted, want, strict=True)) > 1e-3
+    got, got_gradients, _ = packed(model, encoder, "shared", 10_000)
+    assert max(error(g, a) for g, a in zip(got, adapted, strict=True)) < 1e-5
+    assert worst(got_gradients, adapted_gradients)[0] < 1e-5

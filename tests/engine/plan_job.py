@@ -20,7 +20,7 @@ def run(case: dict, begun: list[int]) -> None:
     config = AutoConfig.from_pretrained(case["model"])
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     model.model.visual.requires_grad_(False)
-    adapt(language_model(model), case["packing"])
+    adapt(language_model(model), case["packing"], torch.device("cpu"))
     questions = Questions(config, model.base_model, case["text_tokens"], case["image_tokens"])
     rates = {"steps": 4, "learning_rate": 1e-5}
     engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"]), **rates)

@@ -41,6 +41,16 @@ def test_defaults_are_the_papers(write):
             "rl: {algorithm: sft, importance_cap: 2}\nteachers: [{name: a, path: tiny:qwen_teacher}]",
             r"rl\.importance_cap has no effect with rl\.algorithm sft",
         ),
+        (
+            GOOD + "rl: {lora: {target_modules: [q_proj, lm_head]}}",
+            r"target_modules: got lm_head, expected linear layers",
+        ),
+        (GOOD + "rl: {lora: {target_modules: []}}", r"target_modules: List should have at least 1 item"),
+        (GOOD + "rl: {lora: {rank: 0}}", r"rl\.lora\.rank: Input should be greater than or equal to 1, got 0"),
+        (
+            GOOD + "rl: {lora: {}, train_vision_tower: true}",
+            "rl.train_vision_tower is true with rl.lora, whose adapters",
+        ),
         (GOOD + "rl: {steps: 5, betta: 1}", r"unknown key rl.betta: did you mean 'beta'\?"),
         (GOOD + "sed: 1", r"unknown key sed: did you mean 'seed'\?"),
         (GOOD + "data: {digits: {sede: 1}}", r"unknown key data.digits.sede: did you mean 'seed'\?"),

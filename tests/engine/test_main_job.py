@@ -9,10 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ril_engine import cli, tiny_models
+from ril_engine.config import LoraConfig, ModelConfig
 from ril_engine.errors import exit_code
 from ril_engine.judge import INSTRUCTIONS
+from ril_engine.lora import add_adapters
+from ril_engine.models import Encoder, load
+from ril_engine.policy import Policy
 from tests.engine.jobs import ROOT, SETTINGS, last_json, metrics, run
 
 
@@ -97,6 +102,33 @@ def test_a_judge_that_fails_loses_no_step(finished, tmp_path, monkeypatch):
     resumed = last_json(run("--resume", found[1], ranks=2))
     assert metrics(resumed) == metrics(whole) and len(metrics(whole)) == 4
     assert {"reward/student/verifier", "reward/student/last_digit", "reward/unscored"} <= set(metrics(whole)[0])
+
+
+@pytest.mark.distributed
+def test_a_lora_student_resumes_and_is_exported_merged(finished, tmp_path):
+    """Its checkpoints hold adapters alone: with the student after SFT they are what the run has exported."""
+    config, stages, _ = finished
+    first = last_json(run("--config", config, "--set", "rl.lora={rank: 4}", ranks=2))
+    assert 0 < metrics(first)[0]["kl"] < metrics(first)[1]["kl"]  # after the first of a step's two updates
+    stopped = tmp_path / "stopped"
+    shutil.copytree(first["run_dir"], stopped)
+    (stopped / "result.json").unlink()
+    state = stopped / "checkpoints" / "step-000002" / "student" / "state" / "mp_rank_00_model_states.pt"
+    adapters = torch.load(state, weights_only=False)["module"]
+    shutil.rmtree(stopped / "checkpoints" / "step-000002")
+    resumed = last_json(run("--resume", stopped, ranks=2))
+    assert metrics(resumed) == metrics(first) and resumed["evaluation"] == first["evaluation"]
+    start = next(path for path in stages if path.name.startswith("sft-"))
+    adapted, processor = load(ModelConfig(path=str(start)))
+    add_adapters(adapted, LoraConfig(rank=4), seed=0)
+    policy = Policy(adapted).eval()
+    missing, unexpected = policy.load_state_dict(adapters, strict=False)
+    assert not unexpected and not any("lora" in name for name in missing)
+    exported, _ = load(ModelConfig(path=resumed["student"]))
+    encoder = Encoder(adapted, processor, tmp_path, 10_000)
+    batch = encoder.batch([{"id": "a", "question": "What is it?"}], [encoder.response("I see 7 and 8.")])
+    with torch.no_grad():
+        torch.testing.assert_close(Policy(exported).eval()(batch), policy(batch), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.distributed
