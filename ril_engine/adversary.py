@@ -149,11 +149,11 @@ class Adversary:
 
 
 def _of_all_ranks(parts: list[tuple[list[int], Tensor]], count: int) -> Tensor:  # (count,) float32, on every rank
-    out = torch.zeros(count)
+    out = torch.zeros(count, device=device())
     for part, logits in parts:
-        out[part] = logits[: len(part)].float().cpu()
+        out[to_device(torch.tensor(part, dtype=torch.int64), device())] = logits[: len(part)].float()
     dist.all_reduce(out)
-    return out
+    return out.cpu()
 
 
 Question = dict[str, list[str]]  # source -> texts of its responses

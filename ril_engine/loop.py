@@ -176,13 +176,15 @@ class Loop:
             sampler = [v for each in some for v in each.get("sampler_logprobs", unknown * len(each["ids"]))]
             if self.reference is not None:
                 own = torch.tensor([not on_student or each["source"] == "student" for each in some])
-                with timer.phase("reference"), torch.no_grad():
-                    settings["reference_logprobs"] = self.reference(batch)
                 settings |= {"kl_mask": settings["mask"] & own[batch.response_index], "kl_norm": kl_norm}
             sampler = torch.tensor(sampler)
             if rl.importance_cap is not None:
                 settings |= {"sampler_logprobs": to_device(sampler, device()), "importance_cap": rl.importance_cap}
             prepared.append((batch, settings, sampler))
+        if self.reference is not None:
+            with timer.phase("reference"), torch.no_grad():
+                for batch, settings, _ in prepared:
+                    settings["reference_logprobs"] = self.reference(batch)
         self.policy.train()
         out: dict[str, Metric] = {}
         skipped = 0  # updates

@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+# Where there is a GPU, only the tests marked so take it; the processes that others start have this from here, too.
+os.environ["DS_ACCELERATOR"] = "cpu"
 # Workers of pytest-xdist run side by side, one per core.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 

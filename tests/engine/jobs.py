@@ -1,6 +1,7 @@
 """Small main jobs through the real launcher."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -35,9 +36,10 @@ def command(*arguments: str | Path, ranks: int = 1) -> list[str]:
     return [*launched(ranks), "ril_engine/train.py", *map(str, arguments)]
 
 
-def run(*arguments: str | Path, ranks: int = 1) -> subprocess.CompletedProcess:
+def run(*arguments: str | Path, ranks: int = 1, gpu: bool = False) -> subprocess.CompletedProcess:
     words = command(*arguments, ranks=ranks)
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    environment = {name: value for name, value in os.environ.items() if not (gpu and name == "DS_ACCELERATOR")}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     port = words[words.index("--master_port") + 1]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))  # 66 MiB of memory a rank
     return done
