@@ -129,9 +129,9 @@ def job(tmp_path_factory, alone):
     module, _ = new_discriminator(ModelConfig(path=str(student)))
     save_file({k: v.clone() for k, v in module.state_dict().items()}, d_path / WEIGHTS)
 
-    def make(discriminator: dict | None = None, zero_stage: int = 0, **rl) -> Loop:
+    def make(discriminator: dict | None = None, deepspeed: dict | None = None, **rl) -> Loop:
         changes = {"discriminator": {**settings["discriminator"], **(discriminator or {})}}
-        changes["deepspeed"] = {"zero_stage": zero_stage}
+        changes["deepspeed"] = deepspeed or {}
         changed = Config.model_validate({**settings, **changes, "rl": {**settings["rl"], **rl}})
         return Loop(changed, data_dir, str(student), saved, d_path)
 

@@ -149,7 +149,7 @@ def test_the_score_is_of_normalised_states(checkpoints, offset):
 
 
 def test_d_is_made_before_its_norms_need_a_gpu(checkpoints, monkeypatch):
-    def adapted(decoder, packing):
+    def adapted(decoder, packing, device):
         decoder.norm.forward = lambda hidden: pytest.fail("Liger's norm ran on the CPU")
 
     monkeypatch.setattr(discriminator, "adapt", adapted)

@@ -99,12 +99,12 @@ def test_a_layer_that_is_not_there_is_named(adapted):
     assert sum(each.requires_grad for each in plain.parameters()) == 2 * layers
 
 
-@pytest.mark.parametrize("stage", [0, 2])
-def test_the_loop_trains_adapters_and_resumes(job, tmp_path, stage):
+@pytest.mark.parametrize("deepspeed", [{}, {"zero_stage": 2}, {"zero_stage": 1, "bf16": True}], ids=str)
+def test_the_loop_trains_adapters_and_resumes(job, tmp_path, deepspeed):
     make, questions = job
     changes = {"lora": {"rank": 4, "dropout": 0.1}, "updates_per_step": 1, "micro_batch_tokens": 300}
     start = make(beta=0.0).policy.model.state_dict()
-    loop = make(zero_stage=stage, **changes)
+    loop = make(deepspeed=deepspeed, **changes)
     metrics, _ = loop.step(0, questions, PhaseTimer())
     assert average(metrics)["kl"] == 0 and not isinstance(loop.reference, torch.nn.Module)
     metrics, _ = loop.step(1, questions, PhaseTimer())
@@ -115,10 +115,11 @@ def test_the_loop_trains_adapters_and_resumes(job, tmp_path, stage):
     weights = torch.load(saved, weights_only=False)["module"]
     assert weights and all(".lora_" in name for name in weights)
     expected = average(loop.step(2, questions, PhaseTimer())[0])
-    fresh = make(zero_stage=stage, **changes)
+    fresh = make(deepspeed=deepspeed, **changes)
     checkpoints.load(checkpoints.newest_whole(tmp_path), fresh.engines)
     assert average(fresh.step(2, questions, PhaseTimer())[0]) == expected
     assert all(math.isfinite(value) for value in expected.values())
     for name, value in merged(loop.policy.model).items():
+        assert value.dtype == (torch.bfloat16 if "bf16" in deepspeed else torch.float32)
         adapted = ".language_model.layers." in name and name.endswith("_proj.weight")
-        assert torch.equal(value, start[name]) != adapted, name
+        assert torch.equal(value, start[name].to(value.dtype)) != adapted, name
