@@ -211,6 +211,7 @@ def load_language_model(config: JudgeConfig):
     Raises:
         UserError: no such checkpoint, or not one of a language model.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     options = {"trust_remote_code": config.trust_remote_code}
@@ -221,7 +222,7 @@ def load_language_model(config: JudgeConfig):
             model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **options)
         except ValueError:  # no causal LM by its config
             model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"judge {config.path}: not loadable as a causal LM ({reason}); give a folder or hub name such as "

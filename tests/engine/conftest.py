@@ -1,4 +1,5 @@
-"""An HTTP server on loopback, which tests make behave like any OpenAI-compatible one, or misbehave."""
+"""The `ril` command in this process, and an HTTP server on loopback, which tests make behave like any
+OpenAI-compatible one, or misbehave."""
 
 import json
 import threading
@@ -6,10 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
+from ril_engine import cli
 from ril_engine import server as backend
+from ril_engine.errors import exit_code
 
 
 class Loopback(ThreadingHTTPServer):
@@ -90,3 +94,16 @@ def loopback(monkeypatch) -> Iterator[Callable[..., Loopback]]:
     for each in started:
         each.shutdown()
         each.server_close()
+
+
+@pytest.fixture
+def ril(capfd, alone):
+    """Run `ril ...` in this process; returns the exit code, the last line of stdout and stderr."""
+
+    def call(*arguments: str | Path):
+        parsed = cli._parser().parse_args([*map(str, arguments)])
+        code = exit_code(lambda: cli._run(parsed))
+        out, err = capfd.readouterr()
+        return code, out.rstrip().splitlines()[-1:], err
+
+    return call

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ril_engine import cli, tiny_models
-from ril_engine.errors import exit_code
+from ril_engine import tiny_models
 from ril_engine.judge import INSTRUCTIONS
 from tests.engine.jobs import ROOT, SETTINGS, last_json, metrics, run
 
@@ -116,19 +115,6 @@ def test_what_a_run_leaves(finished):
     before = AutoModelForImageTextToText.from_pretrained(start).state_dict()
     moved = {name for name in trained if not trained[name].equal(before[name])}
     assert moved and not any("visual" in name for name in moved)  # the vision tower is frozen by default
-
-
-@pytest.fixture
-def ril(capfd, alone):
-    """Run `ril ...` in this process; returns the exit code, the last line of stdout and stderr."""
-
-    def call(*arguments: str | Path):
-        parsed = cli._parser().parse_args([*map(str, arguments)])
-        code = exit_code(lambda: cli._run(parsed))
-        out, err = capfd.readouterr()
-        return code, out.rstrip().splitlines()[-1:], err
-
-    return call
 
 
 def test_every_subcommand_ends_with_its_results(finished, ril):
@@ -309,11 +295,7 @@ def test_a_run_goes_on_without_what_is_bad(finished, ril, tmp_path):
             "rl: {algorithm: dr_grpo}\nsft: {steps: 0}\nstudent: {path: HYBRID}\ndata: {dir: DATA}",
             "error: rl.packing: qwen3_5_text has linear_attention layers, expected .*; set rl.packing: padded",
         ),
-        (
-            "rl: {algorithm: dr_grpo}\nstudent: {path: 'tiny:nobody'}\nwork_dir: WORK\n"
-            "data: {digits: {train_questions: 1, validation_questions: 1, test_questions: 1, sft_questions: 1}}",
-            "error: model 'tiny:nobody': no such tiny model",
-        ),
+        ("rl: {algorithm: dr_grpo}\nwork_dir: CONFIG", "error: work_dir .*: File exists; set it to a folder that can"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
@@ -325,7 +307,7 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
         (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
         (tmp_path / "hybrid").mkdir()
         (tmp_path / "hybrid" / "config.json").write_text('{"model_type": "qwen3_5"}')
-        folders = {"WORK": "runs", "GPT": "gpt", "HYBRID": "hybrid", "DATA": ""}
+        folders = {"CONFIG": "config.yaml", "GPT": "gpt", "HYBRID": "hybrid", "DATA": ""}
         for name, path in ((name, tmp_path / folder) for name, folder in folders.items()):
             text = text.replace(name, str(path))
         config.write_text(text)
