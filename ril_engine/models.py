@@ -58,14 +58,18 @@ def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
             f"model {config.path}: not loadable as an image-text-to-text checkpoint ({reason}); give a folder or hub "
             "name such as Qwen/Qwen2.5-VL-3B-Instruct"
         ) from error
-    if lacking := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):  # random, by then
-        raise UserError(
-            f"model {config.path}: {len(lacking)} weights are not in its files (first: {lacking[0]}); "
-            "give a whole checkpoint"
-        )
+    require_whole(f"model {config.path}", found)
     if not processor.tokenizer("0", add_special_tokens=False)["input_ids"]:
         raise UserError(f"model {config.path}: no tokenizer in its files; give a whole checkpoint")
     return model, processor
+
+
+def require_whole(what: str, found: dict[str, set]) -> None:
+    """Refuse a model some of whose weights `from_pretrained` has not found, and drawn at random."""
+    if lacking := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):
+        raise UserError(
+            f"{what}: {len(lacking)} weights are not in its files (first: {lacking[0]}); give a whole checkpoint"
+        )
 
 
 def load_tokenizer(config: ModelConfig):

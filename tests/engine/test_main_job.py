@@ -204,6 +204,18 @@ def test_a_disk_that_fills_up_is_one_line(finished, ril):
     assert code == 2 and re.search(r"^error: no free disk.*No space left on device.*; free some space", err, re.M)
 
 
+@pytest.mark.distributed
+def test_ranks_that_do_not_divide_the_questions_make_nothing(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(SETTINGS.format(work_dir=tmp_path / "runs"))
+    done = run("--config", config, "--set", "rl.questions_per_step=3", ranks=2)
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert line == (
+        "error: rl.questions_per_step is 3, not a multiple of the 2 ranks: set it to 4, or start another number of ranks"
+    )
+    assert done.returncode != 0 and not list((tmp_path / "runs").iterdir())
+
+
 QUESTION = {"id": "a", "question": "What is it?", "answer": "7"}
 
 
@@ -295,7 +307,6 @@ def test_a_run_goes_on_without_what_is_bad(finished, ril, tmp_path):
             "rl: {algorithm: dr_grpo}\nsft: {steps: 0}\nstudent: {path: HYBRID}\ndata: {dir: DATA}",
             "error: rl.packing: qwen3_5_text has linear_attention layers, expected .*; set rl.packing: padded",
         ),
-        ("rl: {algorithm: dr_grpo}\nwork_dir: CONFIG", "error: work_dir .*: File exists; set it to a folder that can"),
     ],
 )
 def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
@@ -307,7 +318,7 @@ def test_bad_input_is_one_line_and_a_failure(tmp_path, text, message):
         (tmp_path / "gpt" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
         (tmp_path / "hybrid").mkdir()
         (tmp_path / "hybrid" / "config.json").write_text('{"model_type": "qwen3_5"}')
-        folders = {"CONFIG": "config.yaml", "GPT": "gpt", "HYBRID": "hybrid", "DATA": ""}
+        folders = {"GPT": "gpt", "HYBRID": "hybrid", "DATA": ""}
         for name, path in ((name, tmp_path / folder) for name, folder in folders.items()):
             text = text.replace(name, str(path))
         config.write_text(text)
