@@ -7,10 +7,11 @@ Each builds what it needs and is missing, and reuses what is there. Several rank
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
-from ril_engine.errors import UserError, exit_code, leave
+from ril_engine.errors import UserError, exit_code, leave, require_free_disk
 
 
 def _data(config, _) -> dict:
@@ -97,7 +98,7 @@ def _plan(arguments) -> dict:
 
     config = load_config(arguments.config, arguments.set)
     for name, value in (("--gpus", arguments.gpus), ("--gpu-memory", arguments.gpu_memory)):
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{name} {value:g}: expected a number above 0; give what one node or the whole job has")
     result = plan(config, gpus=arguments.gpus, gpu_memory_gib=arguments.gpu_memory, gpu=arguments.gpu)
     show(result)
@@ -158,6 +159,7 @@ def _run(arguments: argparse.Namespace) -> dict:
     from ril_engine.engine import init_distributed
 
     config = load_config(arguments.config, arguments.set)
+    require_free_disk(config.work_dir, config.min_free_disk_gib)
     init_distributed()
     return STAGES[arguments.command][0](config, arguments)
 

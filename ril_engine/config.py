@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,7 +16,17 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_switches(cls, given: object) -> object:
+        """Python's True is a 1, and would be taken for a number."""
+        for name, value in given.items() if isinstance(given, dict) else ():
+            annotation = cls.model_fields[name].annotation if name in cls.model_fields else bool
+            if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+                raise ValueError(f"{name} is {str(value).lower()}, but no switch: give its value")
+        return given
 
 
 class DigitsConfig(Section):
@@ -36,6 +46,7 @@ class DigitsConfig(Section):
 class DataConfig(Section):
     dir: str = Field(
         "digits",
+        min_length=1,
         description='"digits", or a folder with train.jsonl, validation.jsonl, test.jsonl and, where sft.steps > 0, '
         "sft.jsonl; a line holds id, question, answer, and optionally image (a path inside the folder) and kind; "
         "sft.jsonl also response",
@@ -47,10 +58,21 @@ class DataConfig(Section):
 class ModelConfig(Section):
     path: str = Field(
         "tiny:student",
+        min_length=1,
         description="a Hugging Face checkpoint (folder or hub name) of an image-text-to-text model; "
         '"tiny:NAME" is a model built here for the digits task',
     )
     trust_remote_code: bool = Field(False, description="run code that the checkpoint brings")
+
+    @field_validator("path")
+    @classmethod
+    def _known(cls, path: str) -> str:
+        from ril_engine.tiny_models import RECIPES  # which reads this file
+
+        known = [f"tiny:{name}" for name in RECIPES]
+        if path.startswith("tiny:") and path not in known:
+            raise ValueError(f"got {path!r}, no such tiny model, expected {', '.join(known)} or a checkpoint")
+        return path
 
 
 class ServerConfig(Section):
@@ -363,6 +385,15 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self):
         taught = self.rl.algorithm in ("ril", "sft")
+        seeing = {"student": self.student, **{f"teacher {each.name}": each for each in self.teachers}}
+        if blind := [name for name, each in seeing.items() if each.path == "tiny:judge"]:
+            raise ValueError(f"{blind[0]} is tiny:judge, which reads no pictures: give tiny:student or a checkpoint")
+        if self.student.path.startswith("tiny:") and not self.sft.steps:
+            raise ValueError(
+                f"sft.steps is 0, but student.path {self.student.path} is built by that training: raise it or give a "
+                "checkpoint"
+            )
+        self._require_room()
         if taught and not self.teachers:
             raise ValueError(
                 f"teachers is empty, but rl.algorithm is {self.rl.algorithm}: name a teacher or set rl.algorithm: "
@@ -397,7 +428,7 @@ class Config(Section):
             )
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
-            raise ValueError(f"teachers: names must differ, got {names}")
+            raise ValueError(f"teachers: names must differ, got {names}: rename one")
         if taken := sorted({"student", "teacher", "spread"} & set(names)):
             raise ValueError(f"teachers: the name {taken[0]} is taken, by another's metrics: choose another")
         generated = all(teacher.responses is None for teacher in self.teachers)  # what a file has is known later
@@ -407,5 +438,27 @@ class Config(Section):
                 f"than rl.group_size {self.rl.group_size}: raise responses.per_question"
             )
         if self.rl.group_size < 2 and not taught:
-            raise ValueError(f"rl.group_size is 1: {self.rl.algorithm} needs at least 2 responses per question")
+            raise ValueError(
+                f"rl.group_size is 1: {self.rl.algorithm} needs at least 2 responses per question: raise it"
+            )
         return self
+
+    def _require_room(self) -> None:
+        """A question's responses are decoded together, save by families that cannot read packs."""
+        counts = {"responses.per_question": self.responses.per_question} if self.rl.algorithm in ("ril", "sft") else {}
+        if self.rl.algorithm != "sft":
+            counts["rl.group_size"] = self.rl.group_size
+        name, most = max(counts.items(), key=lambda item: item[1])
+        sampling = self.sampling
+        if self.rl.packing == "padded":
+            return
+        if most > sampling.batch_size:
+            raise ValueError(
+                f"sampling.batch_size is {sampling.batch_size}, fewer than {name} {most}, which are decoded together: "
+                f"raise it or lower {name}"
+            )
+        if most * sampling.max_new_tokens > sampling.cache_tokens:
+            raise ValueError(
+                f"sampling.cache_tokens is {sampling.cache_tokens}, fewer than {name} {most} times "
+                f"sampling.max_new_tokens {sampling.max_new_tokens}: raise it or lower one of them"
+            )

@@ -20,8 +20,18 @@ class OutsideError(UserError):
 
 
 def require_free_disk(folder: Path, gib: float) -> None:
-    """Refuse to begin what would end with half a file: not every library names a full disk when it meets one."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Refuse to begin what would end with half a file: not every library names a full disk when it meets one.
+
+    Raises:
+        UserError: less free than `gib`, or no folder that can be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        why = None if os.access(folder, os.W_OK) else "Permission denied"
+    except OSError as error:
+        why = error.strerror
+    if why:
+        raise UserError(f"work_dir {folder}: {why}; set it to a folder that can be made and written")
     free = shutil.disk_usage(folder).free / 2**30
     if free < gib:
         raise UserError(

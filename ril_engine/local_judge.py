@@ -16,6 +16,7 @@ from ril_engine.engine import device
 from ril_engine.errors import UserError
 from ril_engine.families import attend_over_packs, only_rows, why_not_packable
 from ril_engine.judge import INSTRUCTIONS, OnScore, Text, score_of, user_turn
+from ril_engine.models import require_whole
 from ril_engine.packing import micro_batches, pack, padded, shared_tokens
 from ril_engine.placement import to_device
 
@@ -209,21 +210,24 @@ def load_language_model(config: JudgeConfig, dtype: torch.dtype = torch.float32)
     """A causal LM, or the text part of a VLM, and its tokenizer.
 
     Raises:
-        UserError: no such checkpoint, or not one of a language model.
+        UserError: no such checkpoint, not one of a language model, or one that lacks weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
     options = {"trust_remote_code": config.trust_remote_code}
+    loading = options | {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.path, **options)
         try:
-            model = AutoModelForCausalLM.from_pretrained(config.path, dtype=dtype, **options)
+            model, found = AutoModelForCausalLM.from_pretrained(config.path, **loading)
         except ValueError:  # no causal LM by its config
-            model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+            model, found = AutoModelForImageTextToText.from_pretrained(config.path, **loading)
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"judge {config.path}: not loadable as a causal LM ({reason}); give a folder or hub name such as "
             "Qwen/Qwen2.5-7B-Instruct"
         ) from error
+    require_whole(f"judge {config.path}", found)
     return model, tokenizer

@@ -19,6 +19,7 @@ from ril_engine.errors import UserError
 from ril_engine.families import require_packable
 from ril_engine.packing import TOKEN_KEYS, pack
 from ril_engine.placement import to_device
+from ril_engine.questions import image_path
 
 CACHED_PROMPTS = 4096
 
@@ -43,23 +44,39 @@ def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
     """A model and its processor.
 
     Raises:
-        UserError: no such checkpoint, or not one of an image-text-to-text model.
+        UserError: no such checkpoint, not one of an image-text-to-text model, or one that lacks weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    if Path(config.path).is_dir() and not (Path(config.path) / "config.json").exists():
-        raise UserError(f"model {config.path}: no config.json in this folder; give a Hugging Face checkpoint")
+    folder = Path(config.path)
+    if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").exists():
+        what = "no config.json in this folder" if folder.is_dir() else "no such folder"
+        raise UserError(f"model {config.path}: {what}; give a Hugging Face checkpoint")
     options = {"trust_remote_code": config.trust_remote_code}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(config.path, dtype=dtype, **options)
+        model, found = AutoModelForImageTextToText.from_pretrained(
+            config.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         processor = AutoProcessor.from_pretrained(config.path, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"model {config.path}: not loadable as an image-text-to-text checkpoint ({reason}); give a folder or hub "
             "name such as Qwen/Qwen2.5-VL-3B-Instruct"
         ) from error
+    require_whole(f"model {config.path}", found)
+    if not processor.tokenizer("0", add_special_tokens=False)["input_ids"]:
+        raise UserError(f"model {config.path}: no tokenizer in its files; give a whole checkpoint")
     return model, processor
+
+
+def require_whole(what: str, found: dict[str, set]) -> None:
+    """Refuse a model some of whose weights `from_pretrained` has not found, and drawn at random."""
+    if lacking := sorted(found["missing_keys"] | {name for name, *_ in found["mismatched_keys"]}):
+        raise UserError(
+            f"{what}: {len(lacking)} weights are not in its files (first: {lacking[0]}); give a whole checkpoint"
+        )
 
 
 def load_tokenizer(config: ModelConfig):
@@ -95,9 +112,7 @@ def read_image(folder: Path, name: str, max_pixels: int):
     """An RGB picture that lies inside `folder`."""
     from PIL import Image, UnidentifiedImageError
 
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise UserError(f"image {name!r}: outside the dataset folder {folder}; give a path inside it")
+    path = image_path(folder, name)
     try:
         with Image.open(path) as image:
             if image.width * image.height > max_pixels:
@@ -105,8 +120,6 @@ def read_image(folder: Path, name: str, max_pixels: int):
                     f"image {path}: {image.width} x {image.height} pixels, more than data.max_image_pixels {max_pixels}"
                 )
             return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"image {path}: no such file; its question names it") from error
     except (UnidentifiedImageError, OSError) as error:
         raise UserError(f"image {path}: not a readable picture; expected PNG, JPEG or WebP") from error
 

@@ -64,6 +64,10 @@ def _numbered(path: Path, required: tuple[str, ...]) -> list[tuple[int, dict]]:
             row[field] = text_of(row.get(field))
             if row[field] is None:
                 raise UserError(f"data {path}, line {number}: no {field!r}; every line needs {', '.join(required)}")
+        if not isinstance(row.get("image"), str | None):
+            raise UserError(
+                f"data {path}, line {number}: image is {row['image']!r:.60}, expected a path inside the folder; mend it"
+            )
     return found
 
 
@@ -96,6 +100,23 @@ def read_questions(path: Path, on_bad_data: str, *, referenced: bool) -> list[di
     return kept
 
 
+def image_path(folder: Path, name: str) -> Path:
+    """A picture's file, which lies inside `folder`."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise UserError(f"image {name!r}: outside the dataset folder {folder}; give a path inside it")
+    if not path.is_file():
+        raise UserError(f"image {path}: no such file; its question names it")
+    return path
+
+
+def require_images(folder: Path, rows: list[dict]) -> None:
+    """Before anything slow; whether they are pictures shows when they are read."""
+    for row in rows:
+        if row.get("image"):
+            image_path(folder, row["image"])
+
+
 def training_questions(config: Config, data_dir: Path) -> list[dict]:
     """The questions that get saved responses. Without answer rewards none needs a reference."""
     path, referenced = data_dir / "train.jsonl", bool(config.answer_rewards)
@@ -106,4 +127,6 @@ def training_questions(config: Config, data_dir: Path) -> list[dict]:
 def evaluation_questions(config: Config, data_dir: Path) -> list[dict]:
     """The questions that accuracy is measured on."""
     path = data_dir / f"{config.evaluation.split}.jsonl"
-    return read_questions(path, config.on_bad_data, referenced=True)[: config.evaluation.questions or None]
+    rows = read_questions(path, config.on_bad_data, referenced=True)[: config.evaluation.questions or None]
+    require_images(data_dir, rows)
+    return rows

@@ -110,15 +110,19 @@ class AnswerRewards:
         self._rewards = None
 
 
-def require_functions(config: Config) -> None:
-    """Import the user's functions, before anything slow.
+def require_rewards(config: Config) -> None:
+    """Import the user's functions and look for the keys of judges' servers, before anything slow.
 
     Raises:
-        UserError: one that cannot be imported, or is none.
+        UserError: a function that cannot be imported, or is none; a key that is not there.
     """
     for each in config.answer_rewards:
         if each.kind == "function":
             user_function(each)
+        elif each.kind == "judge" and each.server is not None:
+            from ril_engine.server import api_key
+
+            api_key(each.server)
 
 
 def _verified(

@@ -122,10 +122,15 @@ def ask(
     Raises:
         UserError: the server refuses a request, answers none any more, or, after all others, left some unanswered.
     """
-    asyncio.run(_ask(server, _secret(server), enumerate(requests), on_result, on_failure))
+    asyncio.run(_ask(server, api_key(server), enumerate(requests), on_result, on_failure))
 
 
-def _secret(server: ServerConfig) -> str | None:
+def api_key(server: ServerConfig) -> str | None:
+    """The API key, where the server has one.
+
+    Raises:
+        UserError: the environment variable that should hold it does not.
+    """
     if server.api_key_env is None:
         return None
     secret = os.environ.get(server.api_key_env, "").strip()

@@ -25,7 +25,7 @@ from ril_engine.errors import UserError, require_free_disk
 from ril_engine.locks import held
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
-from ril_engine.questions import read_jsonl, training_questions
+from ril_engine.questions import read_jsonl, require_images, training_questions
 from ril_engine.runlog import progress, warn
 
 T = TypeVar("T")
@@ -173,7 +173,7 @@ def data(config: Config) -> tuple[Path, str]:
 
         return stage(config, "data", key, build), key
     folder = Path(config.data.dir)
-    training_questions(config, folder)
+    require_images(folder, training_questions(config, folder))
     files = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")] + sorted(folder.glob("sft*.jsonl"))
     return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()})
 

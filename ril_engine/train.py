@@ -31,7 +31,7 @@ from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
 from ril_engine.questions import evaluation_questions
 from ril_engine.report import write_report
-from ril_engine.rewards import require_functions
+from ril_engine.rewards import require_rewards
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
 from ril_engine.saved_responses import all_responses, taught_questions
 from ril_engine.stopping import Stop
@@ -61,11 +61,15 @@ def train(config: Config, resume: Path | None = None) -> dict:
 
 def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
     began, rank, world, rl = time.time(), dist.get_rank(), dist.get_world_size(), config.rl
+    require_free_disk(config.work_dir, config.min_free_disk_gib)
     if rl.questions_per_step % world:
-        raise UserError(f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks")
+        raise UserError(
+            f"rl.questions_per_step is {rl.questions_per_step}, not a multiple of the {world} ranks: set it to "
+            f"{-(-rl.questions_per_step // world) * world}, or start another number of ranks"
+        )
     if rl.packing != "padded":
         require_packable_student(config.student)
-    require_functions(config)
+    require_rewards(config)
     if resume:
         _claim(resume, claims)
         checkpoints.require_unfinished(resume)  # it may have ended just now

@@ -1,5 +1,5 @@
-"""What several files share: a small job of one rank, and an HTTP server on loopback, which tests make behave like any
-OpenAI-compatible one, or misbehave."""
+"""What several files share: a small job of one rank, the `ril` command, and an HTTP server on loopback, which tests
+make behave like any OpenAI-compatible one, or misbehave."""
 
 import json
 import threading
@@ -7,12 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 
-from ril_engine import digits, tiny_models
+from ril_engine import cli, digits, tiny_models
 from ril_engine import server as backend
 from ril_engine.config import Config, ModelConfig
+from ril_engine.errors import exit_code
 
 
 class Loopback(ThreadingHTTPServer):
@@ -136,3 +138,16 @@ def job(tmp_path_factory, alone):
         return Loop(changed, data_dir, str(student), saved, d_path)
 
     return make, list(enumerate(rows))[:3]
+
+
+@pytest.fixture
+def ril(capfd, alone):
+    """Run `ril ...` in this process; returns the exit code, the last line of stdout and stderr."""
+
+    def call(*arguments: str | Path):
+        parsed = cli._parser().parse_args([*map(str, arguments)])
+        code = exit_code(lambda: cli._run(parsed))
+        out, err = capfd.readouterr()
+        return code, out.rstrip().splitlines()[-1:], err
+
+    return call

@@ -1,6 +1,7 @@
 """Judges: what a response cannot gain by what it says, local verdicts packed and padded, and servers of every sort."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -210,12 +211,21 @@ def test_weights_that_are_not_finite_are_no_verdict(checkpoints):
 
 
 def test_what_cannot_judge_is_refused(checkpoints, tmp_path):
+    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     with pytest.raises(
         UserError, match=r"^judge .*nowhere: not loadable as a causal LM \(.*\); give a folder or hub name"
     ):
         judge(JudgeConfig(path=str(tmp_path / "nowhere")))
+    shutil.copytree(checkpoints("judge"), tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        UserError, match=r"^judge .*cut: 1 weights are not in its files \(first: model.norm.weight\); give"
+    ):
+        judge(JudgeConfig(path=str(tmp_path / "cut")))
     tokenizer = AutoTokenizer.from_pretrained(checkpoints("judge"))
     tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match=r"^judge x: its chat template takes no system turn, which holds the instruct"):

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -64,11 +65,14 @@ def test_a_stage_waits_for_the_job_that_builds_it(hold, tmp_path, monkeypatch, c
     done = tmp_path / "stages" / "thing-key" / stages.DONE
     warned = stages.warn
 
-    def warn(message: str) -> None:  # the other job ends its stage while this one waits
-        warned(message)
+    def end() -> None:
         done.parent.mkdir(parents=True)
         done.touch()
         holder.stdin.close()
+
+    def warn(message: str) -> None:  # the other job ends its stage while this one waits
+        warned(message)
+        threading.Timer(0.2, end).start()
 
     monkeypatch.setattr(stages, "warn", warn)
     assert stages.stage(config, "thing", "key", built.append) == done.parent

@@ -181,6 +181,41 @@ def test_every_teacher_has_its_own_means(job):
     assert metrics["length/a"] != metrics["length/b"] and metrics["advantage/a"] > metrics["advantage/b"] + 0.5
 
 
+def test_a_reward_is_the_sum_of_both_and_teacher_texts_come_once_and_as_they_end(job):
+    make, questions = job
+    loop = make()
+    rewards = [(0, 1.0, 0.0), (0, 0.0, 1.0), (0, 1.0, 1.0), (0, 0.0, 0.0), (1, 0.0, 0.0), (1, 0.0, 1.0)]
+    responses = [{"slot": slot, "answer_reward": answer, "similarity_reward": sim} for slot, answer, sim in rewards]
+    assert loop.advantages(responses).tolist() == [0.0, 0.0, 1.0, -1.0, -0.5, 0.5]
+    for each in responses:
+        del each["similarity_reward"]  # without a D
+    assert loop.advantages(responses).tolist() == [0.5, -0.5, 0.5, -0.5, 0.0, 0.0]
+    number, row = questions[0]
+    record = {"text": "7", "answer_reward": 0.0}
+    pools = {name: [record | {"source": name, "truncated": cut} for cut in (True, False)] for name in "ab"}
+    loop.saved = {name: {row["id"]: pool} for name, pool in pools.items()}
+    for step in range(10):
+        drawn = loop._teachers(step, 0, number, row)
+        found = {(each["source"], each["truncated"]) for each in drawn}
+        assert len(drawn) == 4 == len(found)  # without replacement: all there are
+        assert all((each["ids"][-1] in loop.encoder.eos_ids) != each["truncated"] for each in drawn)
+
+
+def test_masked_truncated_responses_count_nothing(job):
+    make, questions = job
+    loop = make(updates_per_step=1, beta=0.0, mask_truncated=True)
+    responses = loop.rollout(0, questions)
+    for place, each in enumerate(responses):
+        each["truncated"] = place % 2 == 0
+    cut = torch.tensor([each["truncated"] for each in responses])
+    kept = sum(len(each["ids"]) for each in responses if not each["truncated"])
+    metrics = loop.update_policy(responses, cut.float(), PhaseTimer())
+    assert (metrics["loss/policy"], metrics["tokens"]) == (0.0, kept)
+    norm = len(responses) * loop.config.sampling.max_new_tokens
+    metrics = loop.update_policy(responses, (~cut).float(), PhaseTimer())  # on-policy every ratio is 1
+    assert metrics["loss/policy"] == pytest.approx(-kept / norm, rel=1e-5)
+
+
 def test_an_empty_teacher_text_and_a_question_without_a_reference(job):
     make, questions = job
     loop = make()

@@ -1,5 +1,6 @@
 """Encoding, sampling and rewards: real tiny checkpoints, real pictures."""
 
+import copy
 import json
 
 import pytest
@@ -51,6 +52,14 @@ def test_a_placeholder_is_banned_and_never_kept(family, task):
     ids = encoder.response(text)
     assert placeholder not in ids and encoder.decode(ids) == "78"
     Policy(model)(encoder.batch(task[1][:1], [ids])).sum().backward()
+
+
+def test_rows_of_the_head_that_are_no_token_are_banned(family, task):
+    model, encoder = family
+    known, larger = len(encoder.tokenizer), copy.deepcopy(model)
+    larger.resize_token_embeddings(known + 3)  # checkpoints round their vocabulary up
+    banned = Encoder(larger, encoder.processor, task[0], 10_000).banned_ids
+    assert banned[-3:] == [known, known + 1, known + 2] and not set(encoder.eos_ids) & set(banned)
 
 
 def test_bad_input_is_named(task, family, tmp_path):

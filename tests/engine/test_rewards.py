@@ -8,7 +8,7 @@ import pytest
 from ril_engine import rewards as ril_rewards
 from ril_engine.config import Config, JudgeConfig, TeacherConfig
 from ril_engine.errors import UserError
-from ril_engine.rewards import AnswerRewards, Cached, Score, require_functions, verdict_settings
+from ril_engine.rewards import AnswerRewards, Cached, Score, require_rewards, verdict_settings
 
 ROWS = [
     {"id": "a", "question": "What is 2+3?", "answer": "5", "image": "a.png", "kind": "sum"},
@@ -20,7 +20,7 @@ TRL = "TRL (extra `dev`, Python 3.11 or later) is not installed"
 
 
 def rewards(*settings, cache_dir=None):
-    teachers = [TeacherConfig(name="a", path="tiny:a")]
+    teachers = [TeacherConfig(name="a", path="tiny:qwen_teacher")]
     return AnswerRewards(Config(teachers=teachers, answer_rewards=settings), cache_dir)
 
 
@@ -245,7 +245,7 @@ def test_a_broken_cache_is_named(tmp_path):
 def test_a_function_that_is_missing_is_told_before_anything_slow():
     names = ({"kind": "verifier"}, {"kind": "function", "function": "no_such_module_at_all:f"})
     with pytest.raises(UserError, match="no_such_module_at_all"):
-        require_functions(Config(rl={"algorithm": "grpo"}, answer_rewards=names))
+        require_rewards(Config(rl={"algorithm": "grpo"}, answer_rewards=names))
 
 
 def test_what_a_verdict_depends_on(monkeypatch):

@@ -430,7 +430,7 @@ def test_another_sampling_or_model_asks_anew(loopback, served):
     config, data_dir, data_key = served(server)
     paths = {saved_responses.served_responses(config, config.teachers[0], data_dir, data_key)}
     for settings, same in (
-        ({"sampling": {"batch_size": 1}}, True),
+        ({"sampling": {"batch_size": 4}}, True),
         ({"sampling": {"top_p": 0.5}}, False),
         ({"seed": 1}, False),
     ):

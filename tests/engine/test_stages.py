@@ -13,7 +13,7 @@ from ril_engine.errors import UserError
 
 def config(tmp_path, **changes) -> Config:
     teachers = [{"name": "a", "path": "tiny:qwen_teacher"}]
-    return Config.model_validate({"work_dir": tmp_path / "runs", "teachers": teachers, **changes})
+    return Config.model_validate({"work_dir": tmp_path / "runs", "teachers": teachers} | changes)
 
 
 def test_d_needs_responses_of_both_sides_in_both_parts(tmp_path):
@@ -28,11 +28,13 @@ def test_d_needs_responses_of_both_sides_in_both_parts(tmp_path):
 def test_d_of_a_folder_that_was_moved_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "stage", lambda config, name, key, build: key)
 
-    def key(folder, student: str = "responses_student-1") -> str:
+    def key(folder, student: str = "responses_student-1", **changes) -> str:
         files = {"student": folder / student / "responses.jsonl", "a": folder / "responses_a-2" / "responses.jsonl"}
-        return stages.discriminator(config(folder), "tiny:student", files, "key")
+        return stages.discriminator(config(folder, **changes), "tiny:student", files, "key")
 
     assert key(tmp_path) == key(tmp_path / "elsewhere") != key(tmp_path, "responses_student-3")
+    heavier = [{"name": "a", "path": "tiny:qwen_teacher", "weight": 2}]
+    assert key(tmp_path, teachers=heavier) != key(tmp_path) != key(tmp_path, seed=1)
 
 
 @pytest.mark.usefixtures("alone")

@@ -33,7 +33,7 @@ def wait_for(condition) -> None:
 
 @pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_asks_for_a_stop_and_its_echo_changes_nothing(number, capfd):
+def test_a_signal_asks_for_a_stop_and_its_echo_changes_nothing(number, capfd, monkeypatch):
     before = signal.getsignal(number)
     with Stop() as stop:
         assert stop.agreed() is None
@@ -42,6 +42,9 @@ def test_a_signal_asks_for_a_stop_and_its_echo_changes_nothing(number, capfd):
         wait_for(stop.agreed)
         time.sleep(0.1)
         assert stop.agreed() == number.name
+        monkeypatch.setenv("LOCAL_SIZE", "99")  # another rank has ended, since it was done; else this process would end
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == f"{number.name}: the run stops after this step, another signal stops it at once\n"
 

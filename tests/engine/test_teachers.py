@@ -36,6 +36,12 @@ def test_the_long_run_shares_are_the_weights_and_each_draw_is_floor_or_ceil(weig
         assert given[name] / draws == pytest.approx(float(4 * weights[name] / total), abs=0.025)
 
 
+def test_weights_are_what_the_config_says_and_not_the_floats_next_to_it():
+    weights = weights_of(config(a={"weight": 0.1}, b={"weight": 0.2}, c={"weight": 0.7}))
+    for seed in range(50):
+        assert divide(10, weights, dict.fromkeys("abc", PLENTY), generator(seed)) == {"a": 1, "b": 2, "c": 7}
+
+
 def test_equal_weights_draw_as_one_permutation_does():
     for seed in range(50):
         drawing = generator(seed)
