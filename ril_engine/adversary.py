@@ -27,7 +27,7 @@ from ril_engine.errors import UserError
 from ril_engine.health import accuracy, auc, health
 from ril_engine.packing import micro_batches, shared_tokens
 from ril_engine.placement import to_device
-from ril_engine.runlog import progress
+from ril_engine.runlog import Skipped, progress
 from ril_kernels import discriminator_loss, similarity_reward
 
 WEIGHTS = "discriminator.safetensors"
@@ -243,13 +243,15 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
     held_out = HeldOut(adversary, held)
     looks = {*range(every, settings.steps, every), settings.steps}
     main, history, best, state = dist.get_rank() == 0, [], None, {}
+    skipped = Skipped("D pre-training", config.rl.max_skipped_steps)
     with progress(settings.steps, "D pre-training", enabled=main) as advance:
         for step in range(settings.steps + 1):
             if step:
                 generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
                 sources, texts = draw(training, weights, max(1, settings.batch_size // 2), generator)
                 labels = torch.tensor([source == "student" for source in sources])
-                adversary.train(adversary.encode(texts), labels, groups=torch.arange(len(texts)) // 2)
+                _, norm = adversary.train(adversary.encode(texts), labels, groups=torch.arange(len(texts)) // 2)
+                skipped(step, norm)
                 advance(1, **({"accuracy": history[-1]["accuracy"]} if history else {}))
             if step not in looks:
                 continue
@@ -264,6 +266,6 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
     if main:
         metrics = {f"held_out_{name}": best[name] for name in ("accuracy", "auc", "accuracy_by_source")}
         metrics |= {"held_out_responses": len(held_out.sources)}
-        metrics |= {"best_step": best["step"], "steps": history[-1]["step"]}
+        metrics |= {"best_step": best["step"], "steps": history[-1]["step"], "skipped": skipped.count}
         (out / "metrics.json").write_text(json.dumps(metrics | {"history": history}))
         save_file(state, out / WEIGHTS)

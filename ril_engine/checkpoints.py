@@ -2,7 +2,8 @@
 
 RUN_DIR/checkpoints/step-000050/ holds what DeepSpeed keeps of each engine (parameters, optimiser, schedule), state.json
 and, written last, manifest.json: size and SHA-256 of every file. All random numbers of the loop follow from the seed
-and the step, so nothing else is needed. DeepSpeed reads its files with pickle: resume only from folders that you trust.
+and the step, so nothing else is needed. DeepSpeed reads its files with pickle: resume and export only from folders that
+you trust.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ril_engine.engine import Engine
+from ril_engine.engine import Engine, write_universal
 from ril_engine.errors import UserError
 from ril_engine.runlog import warn
-from ril_engine.stages import together
+from ril_engine.stages import on_rank_0, together
 
-MANIFEST = "manifest.json"
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 def require_unfinished(run_dir: Path) -> None:
@@ -44,7 +45,8 @@ def newest_whole(run_dir: Path) -> Path:
     """
     damaged: dict[Path, str] = {}
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
-        damage = [each for some in together(functools.partial(_damage, folder)) for each in some]
+        share = functools.partial(damage_of, folder, dist.get_rank(), dist.get_world_size())
+        damage = [each for some in together(share) for each in some]
         if damage:
             damaged[folder] = damage[0]
             continue
@@ -62,8 +64,8 @@ def newest_whole(run_dir: Path) -> Path:
     raise UserError(f"--resume {run_dir}: no checkpoint is whole ({wrong}); start a new run with --config")
 
 
-def _damage(folder: Path) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files."""
+def damage_of(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
+    """What is wrong with a rank's share of a checkpoint's files."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
     except OSError as error:
@@ -71,7 +73,7 @@ def _damage(folder: Path) -> list[str]:
     except ValueError:
         return [f"{MANIFEST} is not JSON"]
     wrong = []
-    for name, (size, digest) in sorted(files.items())[dist.get_rank() :: dist.get_world_size()]:
+    for name, (size, digest) in sorted(files.items())[rank::world]:
         path = folder / name
         if not path.exists():
             wrong.append(f"{name} is missing")
@@ -99,10 +101,26 @@ def _sync(path: Path) -> None:
         os.close(opened)
 
 
-def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict, keep: int) -> None:
-    """Keep the state after `step` steps, and of those before the newest, `keep` in all. All ranks call it; a crash at
-    any moment leaves those before it whole.
+def best(run_dir: Path) -> tuple[Path, float] | None:
+    """The checkpoint of the highest greedy accuracy on the validation questions, the first of several, and that
+    accuracy; None where none has one."""
+    found = []
+    for folder in sorted((run_dir / "checkpoints").glob("step-*")):
+        try:
+            validation = json.loads((folder / STATE).read_text())["about"].get("validation")
+        except (OSError, ValueError):  # damaged
+            continue
+        if validation is not None:
+            found.append((folder, validation["greedy"]))
+    return max(found, key=lambda each: each[1], default=None)
 
+
+def save(run_dir: Path, step: int, engines: dict[str, Engine], about: dict, keep: int) -> None:
+    """Keep the state after `step` steps, of those before the newest, `keep` in all, and the best. All ranks call it; a
+    crash at any moment leaves those before it whole.
+
+    Args:
+        about: JSON that `load` gives back; `best` reads its "validation", of `evaluate`.
     Raises:
         UserError: it cannot be written, as on a full disk.
     """
@@ -112,7 +130,7 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict, kee
         return
     dist.barrier()  # no rank looks for a folder that another one has begun to replace
     try:
-        _write(partial, step, engines, before)
+        _write(partial, step, engines, about)
         if dist.get_rank() == 0:
             os.replace(partial, folder)
             _sync(root)
@@ -124,18 +142,20 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], before: dict, kee
         raise UserError(f"checkpoint {folder}: not written ({why}); free some space; {kept}") from error
     dist.barrier()
     if dist.get_rank() == 0:
+        leader = best(run_dir)
         for old in sorted(root.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
+            if leader is None or old != leader[0]:
+                shutil.rmtree(old)
     dist.barrier()
 
 
-def _write(partial: Path, step: int, engines: dict[str, Engine], before: dict) -> None:
+def _write(partial: Path, step: int, engines: dict[str, Engine], about: dict) -> None:
     """A checkpoint, all of it on the disk; each rank sees to a share of the files."""
     rank, world = dist.get_rank(), dist.get_world_size()
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        (partial / "state.json").write_text(json.dumps({"step": step, "world_size": world, "before": before}))
+        (partial / STATE).write_text(json.dumps({"step": step, "world_size": world, "about": about}))
     dist.barrier()
     for name, engine in engines.items():
         engine.save(partial / name)
@@ -155,11 +175,33 @@ def _write(partial: Path, step: int, engines: dict[str, Engine], before: dict) -
 
 
 def load(folder: Path, engines: dict[str, Engine]) -> tuple[int, dict]:
-    """Bring the engines to a checkpoint; returns its step and the evaluation from before the run."""
-    state = json.loads((folder / "state.json").read_text())
-    if state["world_size"] != dist.get_world_size():
-        run_dir, ranks = folder.parents[1], state["world_size"]
-        raise UserError(f"--resume {run_dir}: saved by {ranks} ranks, got {dist.get_world_size()}; start as many")
+    """Bring the engines to a checkpoint; returns its step and what was saved about it. All ranks call it.
+
+    Ranks may be more or fewer than those that saved it: rank 0 then rewrites it first for any number of them.
+    """
+    state = json.loads((folder / STATE).read_text())
+    ranks, rewritten = state["world_size"], folder.with_name("rewritten")
     for name, engine in engines.items():
-        engine.load(folder / name)
-    return state["step"], state["before"]
+        if ranks == dist.get_world_size() or not engine.optimizer_is_divided:
+            engine.load(folder / name)
+            continue
+        warn(f"checkpoint {folder.name}: saved by {ranks} ranks, rewritten for {dist.get_world_size()}")
+        on_rank_0(functools.partial(_rewrite, folder / name, rewritten / name))
+        engine.load(rewritten / name, universal=True)
+        dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(rewritten, ignore_errors=True)
+    return state["step"], state["about"]
+
+
+def _rewrite(folder: Path, out: Path) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    try:
+        write_universal(folder, out)
+    except (OSError, RuntimeError) as error:  # torch.save names no errno
+        shutil.rmtree(out.parent, ignore_errors=True)
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"checkpoint {folder}: not rewritten for {dist.get_world_size()} ranks ({why}); free some space, or resume "
+            "with as many ranks as before"
+        ) from error

@@ -91,6 +91,12 @@ def _compare(arguments) -> dict:
     return compare(arguments.runs, arguments.against)
 
 
+def _export(arguments) -> dict:
+    from ril_engine.export import export
+
+    return export(arguments.run_dir, arguments.checkpoint, arguments.out)
+
+
 def _plan(arguments) -> dict:
     from ril_engine.config_file import load_config
     from ril_engine.plan import plan
@@ -120,6 +126,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--config", help="a YAML file, such as configs/digits.yaml")
     source.add_argument("--resume", metavar="RUN_DIR", type=Path, help="go on with a run from its last checkpoint")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
+    text = "a trace and a table of where the time and memory of rank 0's steps go, in RUN_DIR/profile"
+    parser.add_argument("--profile", action="store_true", help=text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -141,6 +149,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200; default: h100")
     report = commands.add_parser("report", help="draw report.html of a run again")
     report.add_argument("run_dir", type=Path)
+    text = "a checkpoint's student in Hugging Face's format; its files are read with pickle: of runs that you trust"
+    export = commands.add_parser("export", help=text, description=text)
+    export.add_argument("run_dir", type=Path)
+    export.add_argument("--checkpoint", metavar="NAME", help="step-N, or best on validation questions; default: newest")
+    export.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new folder")
     compare = commands.add_parser("compare", help="held-out accuracy of runs against others, with an interval")
     compare.add_argument("--runs", nargs="+", required=True, type=Path, metavar="RUN_DIR")
     compare.add_argument("--against", nargs="+", required=True, type=Path, metavar="RUN_DIR")
@@ -149,8 +162,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict:
-    if arguments.command in ("plan", "report", "compare"):
-        return {"plan": _plan, "report": _report, "compare": _compare}[arguments.command](arguments)
+    alone = {"plan": _plan, "report": _report, "compare": _compare, "export": _export}
+    if arguments.command in alone:
+        return alone[arguments.command](arguments)
     if arguments.command == "train":
         from ril_engine.train import run
 

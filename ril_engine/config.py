@@ -337,6 +337,13 @@ class RLConfig(Section):
     max_skipped_steps: Count = Field(
         5, description="steps in a row with an update skipped, since its loss or gradient was not finite; then it stops"
     )
+    evaluate_every: int = Field(
+        0,
+        ge=0,
+        description="steps between looks at the accuracy on validation questions; the checkpoint that is best there is "
+        "kept besides; 0: none",
+    )
+    evaluate_questions: Count = Field(256, description="how many of validation.jsonl a look takes, the first ones")
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
 
 
@@ -403,6 +410,12 @@ class Config(Section):
             raise ValueError(
                 "rl.train_vision_tower is true with rl.lora, whose adapters are of the language model alone: remove "
                 "one of them"
+            )
+        asked = type(self.rl).model_fields["evaluate_questions"].default
+        if not self.rl.evaluate_every and self.rl.evaluate_questions != asked:
+            raise ValueError(
+                f"rl.evaluate_questions is {self.rl.evaluate_questions}, without effect where rl.evaluate_every is 0: "
+                "set rl.evaluate_every, or remove it"
             )
         if self.rl.importance_cap is not None and self.rl.algorithm == "sft":
             raise ValueError("rl.importance_cap has no effect with rl.algorithm sft, which samples nothing: remove it")

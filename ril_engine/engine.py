@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import math
 import os
 import socket
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import deepspeed
@@ -158,8 +160,42 @@ class Engine:
         settings = {"save_latest": False, "exclude_frozen_parameters": not self.save_frozen}
         self.engine.save_checkpoint(str(folder), tag="state", **settings)
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote. All ranks call it."""
+    def load(self, folder: Path, *, universal: bool = False) -> None:
+        """What `save` wrote, or `write_universal`. All ranks call it."""
         if not list((folder / "state").glob("*.pt")):
             raise UserError(f"checkpoint {folder}: no state/*.pt there; start a new run with --config")
+        self.engine._config.load_universal_checkpoint = universal  # a setting of the whole engine, read by each load
         self.engine.load_checkpoint(str(folder), tag="state", load_module_strict=self.save_frozen)
+        self.engine._config.load_universal_checkpoint = False
+
+    @property
+    def optimizer_is_divided(self) -> bool:
+        """Does each rank hold a share of it, so that what `save` wrote suits as many ranks only?"""
+        return self.engine.zero_optimization_stage() > 0
+
+
+def write_universal(folder: Path, out: Path) -> None:
+    """What `Engine.save` wrote in `folder`, rewritten to `out` so that any number of ranks can load it. One process
+    calls it; it holds one rank's share at a time."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    settings = argparse.Namespace(input_folder=str(folder / "state"), output_folder=str(out / "state"))
+    settings.num_extract_workers = settings.num_merge_workers = 1  # in this process
+    settings.keep_temp_folder, settings.strict, settings.inject_missing_state = False, True, True
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):  # progress bars
+        ds_to_universal.main(settings)
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The module's state as `Engine.save` wrote it in `folder`, on the CPU; needs neither ranks nor a GPU. Under ZeRO-3
+    float32, whatever the module's dtype.
+
+    The files are read with pickle, which runs what they hold: only from folders that you trust.
+    """
+    whole = folder / "state" / "mp_rank_00_model_states.pt"
+    if whole.exists():
+        return torch.load(whole, map_location="cpu", weights_only=False)["module"]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag="state")

@@ -7,8 +7,13 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+
+import psutil
+
+PATIENCE_S = 10.0  # with a rank that may be about to end
 
 
 class UserError(Exception):
@@ -42,7 +47,7 @@ def require_free_disk(folder: Path, gib: float) -> None:
 
 def exit_code(job: Callable[[], dict]) -> int:
     """Run `job` and print its result as the last line of stdout, as JSON: 0. UserError or a full disk: one line, 2;
-    Ctrl-C: one line, 130."""
+    Ctrl-C: one line, 130. A rank that only misses another one leaves what is shown to that one's own error: 1."""
     code = 2
     try:
         result = job()
@@ -53,6 +58,10 @@ def exit_code(job: Callable[[], dict]) -> int:
             raise
         where = f" for {error.filename}" if error.filename else ""
         message = f"no free disk{where} ({error.strerror}); free some space and start again: finished stages are kept"
+    except RuntimeError as error:
+        if not (_of_an_exchange(error) and _bereft_soon()):
+            raise
+        return 1
     except KeyboardInterrupt:
         message, code = "stopped by SIGINT; finished stages and checkpoints are kept", 130
     else:
@@ -62,6 +71,27 @@ def exit_code(job: Callable[[], dict]) -> int:
     if _first_to_tell():
         print(f"error: {message}\n", end="", file=sys.stderr, flush=True)  # one write: other ranks write there, too
     return code
+
+
+def _of_an_exchange(error: RuntimeError) -> bool:
+    dist = _distributed()
+    return dist is not None and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
+def _bereft_soon() -> bool:
+    """The connection of a rank that dies ends before its process does."""
+    end = time.monotonic() + PATIENCE_S
+    while not bereft() and time.monotonic() < end:
+        time.sleep(0.1)
+    return bereft()
+
+
+def bereft() -> bool:
+    """Has another rank of this machine ended?"""
+    if "LOCAL_SIZE" not in os.environ:  # no launcher
+        return False
+    ranks = psutil.Process(os.getppid()).children()
+    return sum(each.status() != psutil.STATUS_ZOMBIE for each in ranks) < int(os.environ["LOCAL_SIZE"])
 
 
 def leave(code: int) -> int:

@@ -125,8 +125,18 @@ def training_questions(config: Config, data_dir: Path) -> list[dict]:
 
 
 def evaluation_questions(config: Config, data_dir: Path) -> list[dict]:
-    """The questions that accuracy is measured on."""
+    """The questions that accuracy is measured on before and after."""
     path = data_dir / f"{config.evaluation.split}.jsonl"
     rows = read_questions(path, config.on_bad_data, referenced=True)[: config.evaluation.questions or None]
+    require_images(data_dir, rows)
+    return rows
+
+
+def validation_questions(config: Config, data_dir: Path) -> list[dict]:
+    """The questions that accuracy is measured on during training; none where it is not."""
+    if not config.rl.evaluate_every:
+        return []
+    rows = read_questions(data_dir / "validation.jsonl", config.on_bad_data, referenced=True)
+    rows = rows[: config.rl.evaluate_questions]
     require_images(data_dir, rows)
     return rows

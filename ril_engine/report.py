@@ -35,6 +35,8 @@ COLOURS = {
     "calibration error": "#9a63d8",
     "reward by length": "#8a94a6",
     "score by length": "#d1a52c",
+    "greedy": "#2f81d6",
+    "sampled": "#2fa37c",
     "spread": "#2f81d6",
     "all zero": "#8a94a6",
 }
@@ -51,6 +53,7 @@ PANELS = {  # title: (what to read from it, y axis), in the page's order
     ),
     "Answer reward by source": ("Each teacher has its own line.", "share"),
     "Similarity reward by source": ("Each teacher has its own line.", "share"),
+    "Validation accuracy": ("Share of the validation questions that the student answers rightly.", "share"),
     "Unscored": ("Share of responses that an answer reward could not score; they count as 0.", "linear"),
     "KL to the reference policy": ("How far the student has moved.", "linear"),
     "Learning signal": ("Spread of advantages; share of questions where all are zero.", "linear"),
@@ -71,6 +74,8 @@ CURVES = {  # metric: (panel, label)
     "discriminator/calibration_error": ("Trust in D", "calibration error"),
     "reward/similarity_by_length": ("Trust in D", "reward by length"),
     "discriminator/score_by_length": ("Trust in D", "score by length"),
+    "validation/greedy": ("Validation accuracy", "greedy"),
+    "validation/sampled": ("Validation accuracy", "sampled"),
     "reward/unscored": ("Unscored", "student"),
     "kl": ("KL to the reference policy", "student"),
     "advantage/spread": ("Learning signal", "spread"),
@@ -168,6 +173,10 @@ def _panel(rows: list[dict], title: str, scale: str) -> str:
     steps = [row["step"] for row in rows]
     figure, axes = _axes()
     for label, values in lines.items():
+        if title == "Validation accuracy":  # of some steps only
+            known = np.isfinite(values)
+            axes.plot(np.array(steps)[known], values[known], color=colours[label], label=label, marker="o")
+            continue
         axes.plot(steps, values, color=colours[label], alpha=0.35, linewidth=0.8)
         marker = "o" if len(rows) == 1 else None
         axes.plot(steps, _smooth(values), color=colours[label], label=label, linewidth=1.8, marker=marker)

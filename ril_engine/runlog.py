@@ -9,10 +9,11 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import monotonic
 
+from nvtx import annotate
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Table
@@ -90,11 +91,45 @@ def _print(line: str) -> None:
         _live.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def show(what: Table | str) -> None:
+    """A table or a line on stderr, above the bars."""
+    if isinstance(what, str):
+        _print(what)
+    else:
+        (Console(stderr=True) if _live is None else _live.console).print(what)
+
+
 @functools.cache
 def warn(message: str) -> None:
     """A line on stderr, of rank 0 only; the same one is not repeated."""
     if rank() == 0:
         _print(f"warning: {message}")
+
+
+class Skipped:
+    """Counts the updates of a stage that are left out, since their loss or gradient is not finite."""
+
+    def __init__(self, stage: str, limit: int):
+        self._stage, self._limit = stage, limit
+        self.count = self._in_a_row = 0
+
+    def __call__(self, step: int, grad_norm: float) -> None:
+        """Takes note of a step's update.
+
+        Raises:
+            UserError: it was the last of `limit` in a row, rl.max_skipped_steps, that were left out.
+        """
+        if math.isfinite(grad_norm):
+            self._in_a_row = 0
+            return
+        self.count += 1
+        self._in_a_row += 1
+        warn(f"{self._stage}: no update in step {step}, the loss or its gradient was not finite ({self.count} so far)")
+        if self._in_a_row == self._limit:
+            raise UserError(
+                f"{self._stage}: {self._limit} steps in a row (rl.max_skipped_steps), up to step {step}, without an "
+                "update, whose loss or gradient was not finite; lower its learning rate or look at its data"
+            )
 
 
 class RunLog(AbstractContextManager):
@@ -166,36 +201,36 @@ class RunLog(AbstractContextManager):
         self.close()
 
 
-@contextmanager
-def _cuda_range(name: str) -> Iterator[None]:
-    """An NVTX range (for Nsight Systems) with CUDA's queue empty at both ends; nothing without CUDA."""
-    torch = sys.modules.get("torch")  # not imported: then CUDA is not in use either
-    if torch is None or not torch.cuda.is_initialized():
-        yield
-        return
-    try:
-        from nvtx import annotate
-    except ImportError:  # optional
-        annotate = nullcontext
-    torch.cuda.synchronize()
-    with annotate(name):
-        yield
+def _wait_for_gpu() -> None:
+    """Have CUDA's queue empty, where CUDA is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 class PhaseTimer:
-    """Wall seconds per phase of a step; CUDA work counts in the phase that queued it."""
+    """Wall seconds per phase of a step; a phase within another one counts in itself only, CUDA work in the phase that
+    queued it. Each is a range for Nsight Systems (NVTX) and for torch's profiler."""
 
     def __init__(self):
         self._seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # seconds of the phases within each one that is open
         self._popped = monotonic()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        with _cuda_range(name):
-            start = monotonic()
+        from torch.profiler import record_function  # seconds to import
+
+        _wait_for_gpu()
+        start = monotonic()
+        self._inside.append(0.0)
+        with annotate(name), record_function(name):
             yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + monotonic() - start
+            _wait_for_gpu()
+        whole = monotonic() - start
+        self._seconds[name] = self._seconds.get(name, 0.0) + whole - self._inside.pop()
+        if self._inside:
+            self._inside[-1] += whole
 
     def pop(self) -> dict[str, float]:
         """Seconds per phase since the last pop, and as "step" all that passed since then."""

@@ -26,7 +26,7 @@ from ril_engine.locks import held
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
 from ril_engine.questions import read_jsonl, require_images, training_questions
-from ril_engine.runlog import progress, warn
+from ril_engine.runlog import Skipped, progress, warn
 
 T = TypeVar("T")
 DONE = "done.json"
@@ -202,6 +202,7 @@ def train_supervised(
     encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
     engine = Engine(Policy(model.train()), config=config.deepspeed, **_rates(settings))
     rank, world = dist.get_rank(), dist.get_world_size()
+    skipped = Skipped(title, config.rl.max_skipped_steps)
     with progress(settings.steps, title, enabled=is_main()) as advance:
         for step in range(settings.steps):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -214,7 +215,7 @@ def train_supervised(
                 batch = encoder.batch([rows[picks[i]] for i in chunk], [responses[i] for i in chunk])
                 loss = -engine(batch.to(device())).sum() / tokens
                 engine.backward(loss, last=chunk is chunks[-1])
-            engine.step()
+            skipped(step + 1, engine.step()["grad_norm"])
             advance(1)
     if is_main():
         model.save_pretrained(out)

@@ -9,11 +9,10 @@ import threading
 from contextlib import AbstractContextManager
 from time import monotonic
 
-import psutil
 import torch
 import torch.distributed as dist
 
-from ril_engine.errors import rank
+from ril_engine.errors import bereft, rank
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Ctrl-C or a batch system signals a whole job: a rank hears of it twice, by its launcher later where cores are few.
@@ -54,8 +53,10 @@ class Stop(AbstractContextManager):
                 if rank() == 0:
                     name = signal.Signals(self._asked).name
                     print(f"{name}: the run stops after this step, another signal stops it at once", file=sys.stderr)
-            # Once all have agreed, one that has ended may just be done.
-            if monotonic() - first > SAME_REQUEST_S or (not self._agreed and _bereft()):
+            # Once all have agreed, one that has ended may just be done. Of the rest, once one has died, DeepSpeed's
+            # launcher sends SIGTERM to one after another and waits 30 s for each, which may be inside a collective
+            # that never ends.
+            if monotonic() - first > SAME_REQUEST_S or (not self._agreed and bereft()):
                 os._exit(128 + number[0])
         os.close(self._read)
 
@@ -65,12 +66,3 @@ class Stop(AbstractContextManager):
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
         self._agreed = bool(asked)
         return signal.Signals(int(asked)).name if asked else None
-
-
-def _bereft() -> bool:
-    """Has another rank of this machine ended? DeepSpeed's launcher then sends SIGTERM to the rest, one by one, and
-    waits 30 s for each, which may be inside a collective that never ends."""
-    if "LOCAL_SIZE" not in os.environ:  # no launcher
-        return False
-    ranks = psutil.Process(os.getppid()).children()
-    return sum(each.status() != psutil.STATUS_ZOMBIE for each in ranks) < int(os.environ["LOCAL_SIZE"])

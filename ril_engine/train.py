@@ -29,7 +29,8 @@ from ril_engine.locks import held
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
-from ril_engine.questions import evaluation_questions
+from ril_engine.profiling import Profile
+from ril_engine.questions import evaluation_questions, validation_questions
 from ril_engine.report import write_report
 from ril_engine.rewards import require_rewards
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
@@ -52,14 +53,14 @@ def prepare(config: Config, data_dir: Path, data_key: str):
     return student_path, rows, saved, d_path
 
 
-def train(config: Config, resume: Path | None = None) -> dict:
+def train(config: Config, resume: Path | None = None, *, profile: bool = False) -> dict:
     """The whole job, or the rest of the one in the folder `resume`; returns what is printed as the last line."""
     init_distributed()
     with ExitStack() as claims:  # the run's folder is this process's until the end
-        return _train(config, resume, claims)
+        return _train(config, resume, claims, profile)
 
 
-def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
+def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool) -> dict:
     began, rank, world, rl = time.time(), dist.get_rank(), dist.get_world_size(), config.rl
     require_free_disk(config.work_dir, config.min_free_disk_gib)
     if rl.questions_per_step % world:
@@ -76,24 +77,28 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
         checkpoint = checkpoints.newest_whole(resume)
     data_dir, data_key = stages.data(config)
     test = evaluation_questions(config, data_dir)  # before anything slow
+    validation = validation_questions(config, data_dir)
     trained = with_judges(config)  # not in the run's own settings, which name no stage
     student_path, rows, saved, d_path = prepare(trained, data_dir, data_key)
 
     loop = Loop(trained, data_dir, student_path, saved, d_path)
     run_dir = resume or _new_run(config, claims)
-    done, before = checkpoints.load(checkpoint, loop.engines) if resume else (0, None)
-    judged = (config, loop.policy.model, loop.encoder, test)
-    before = before or evaluate(*judged, "evaluation before", run_dir / "evaluation_before.jsonl")
+    done, about = checkpoints.load(checkpoint, loop.engines) if resume else (0, {})
+    judged, best = (config, loop.policy.model, loop.encoder), checkpoints.best(run_dir)
+    before = about.get("before") or evaluate(*judged, test, "evaluation before", run_dir / "evaluation_before.jsonl")
     timer, stopped, skipped = PhaseTimer(), None, 0
 
-    def keep(step: int) -> None:
-        checkpoints.save(run_dir, step, loop.engines, before, rl.keep_checkpoints)
+    def keep(step: int, seen: dict | None = None) -> None:
+        about = {"before": before, "validation": seen, "student": student_path}
+        with timer.phase("save"):
+            checkpoints.save(run_dir, step, loop.engines, about, rl.keep_checkpoints)
 
     with (
         closing(loop.rewards),
         Stop() as stop,
         RunLog(run_dir, resume_step=done, total_steps=rl.steps, enabled=rank == 0) as log,
         progress(rl.steps, rl.algorithm, completed=done, enabled=rank == 0) as advance,
+        Profile(run_dir, timer, enabled=profile and rank == 0) as watched,
     ):
         for step in range(done, rl.steps):
             mine = scheduled(config, rows, step)[rank::world]
@@ -102,8 +107,14 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
             except OutsideError as error:
                 keep(step)
                 raise UserError(f"{error}; the {step} steps before it are saved: --resume {run_dir} goes on") from error
-            metrics, seconds = average(metrics), timer.pop()
-            metrics["tokens_per_second"] = metrics.pop("tokens") / seconds["step"]
+            metrics, seen = average(metrics), None
+            seconds, tokens = timer.pop(), metrics.pop("tokens")
+            metrics["tokens_per_second"] = tokens / seconds["step"]
+            watched.step(seconds, tokens)
+            if rl.evaluate_every and (step + 1) % rl.evaluate_every == 0:
+                with timer.phase("validation"):
+                    seen = evaluate(*judged, validation, f"validation after step {step + 1}")
+                metrics |= {f"validation/{way}": seen[way] for way in ("greedy", "sampled")}
             log.step(step + 1, metrics, seconds)
             if step % rl.samples_every == 0 or step == rl.steps - 1:
                 log.samples([_sample(step + 1, responses)])
@@ -111,15 +122,18 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
             skipped = skipped + 1 if updates else 0
             if updates:
                 log.skipped(step + 1, updates, [rows[i]["id"] for i in scheduled(config, rows, step)])
+            leads = seen is not None and (best is None or seen["greedy"] > best[1])
             due = rl.save_every and (step + 1) % rl.save_every == 0
-            if due:
+            if leads or due:
                 require_free_disk(config.work_dir, config.min_free_disk_gib)
-                keep(step + 1)
+                keep(step + 1, seen)
+                best = checkpoints.best(run_dir)
+            if seen or due:
                 timer.pop()  # no phase of the next step
             advance(1)
             stopped = stop.agreed()
             if stopped or skipped == rl.max_skipped_steps:
-                keep(step + 1)
+                keep(step + 1, seen)
                 break
     if stopped:
         if rank == 0:
@@ -133,7 +147,7 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
             f"or gradient was not finite; their questions are in {run_dir / 'skipped.jsonl'}; lower the learning rate "
             f"or look at these questions; --resume {run_dir} goes on after step {step + 1}"
         )
-    after = evaluate(*judged, "evaluation after", run_dir / "evaluation_after.jsonl")
+    after = evaluate(*judged, test, "evaluation after", run_dir / "evaluation_after.jsonl")
     if rank == 0:
         require_free_disk(config.work_dir, config.min_free_disk_gib)
     result = {
@@ -149,6 +163,8 @@ def _train(config: Config, resume: Path | None, claims: ExitStack) -> dict:
         "report": str(run_dir / "report.html"),
         "data": str(data_dir),
     }
+    if best is not None:
+        result["best"] = {"checkpoint": best[0].name, "validation": best[1]}
     if rank == 0:
         loop.policy.model.save_pretrained(run_dir / "student", state_dict=merged(loop.policy.model))
         loop.encoder.processor.save_pretrained(run_dir / "student")
@@ -195,11 +211,11 @@ def _sample(step: int, responses: list[dict]) -> dict:
 
 def run(arguments: argparse.Namespace) -> dict:
     if arguments.resume is None:
-        return train(load_config(arguments.config, arguments.set))
+        return train(load_config(arguments.config, arguments.set), profile=arguments.profile)
     if arguments.set:
         raise UserError(f"--set {arguments.set[0]}: a resumed run keeps its settings; start a new one with --config")
     checkpoints.require_unfinished(arguments.resume)
-    return train(load_config(arguments.resume / "config.yaml"), arguments.resume)
+    return train(load_config(arguments.resume / "config.yaml"), arguments.resume, profile=arguments.profile)
 
 
 def main() -> int:

@@ -4,15 +4,19 @@ import json
 import re
 import resource
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from ril_engine import checkpoints, runlog
+from ril_engine import checkpoints, cli, runlog
 from ril_engine.config import DeepSpeedConfig
-from ril_engine.engine import Engine
-from ril_engine.errors import UserError
+from ril_engine.engine import Engine, saved_weights
+from ril_engine.errors import UserError, exit_code
+from tests.engine.checkpoint_job import LEARNING_RATE, STAGES, Job
+from tests.engine.jobs import ROOT, launched
 
 BEFORE = {"greedy": 0.5}
 
@@ -123,9 +127,108 @@ def test_a_full_disk_leaves_the_one_before(run_dir, engine):
         checkpoints.save(run_dir, 4, {"student": engine}, BEFORE, keep=1)
 
 
-def test_another_number_of_ranks_is_refused(run_dir, engine):
-    folder = checkpoints.newest_whole(run_dir)
-    state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(state | {"world_size": 3}))
-    with pytest.raises(UserError, match=r"--resume .*: saved by 3 ranks, got 1; start as many"):
-        checkpoints.load(folder, {"student": engine})
+def test_the_best_one_is_kept_besides(engine, tmp_path):
+    for step, greedy in enumerate((0.5, None, 0.75, 0.75, 0.25, None), 1):
+        about = {"validation": None if greedy is None else {"greedy": greedy, "sampled": 0.0}}
+        checkpoints.save(tmp_path, step, {"student": engine}, about, keep=1)
+    assert names(tmp_path) == ["step-000003", "step-000006"]
+    assert checkpoints.best(tmp_path) == (tmp_path / "checkpoints" / "step-000003", 0.75)
+    (tmp_path / "checkpoints" / "step-000003" / "state.json").write_text("{")
+    assert checkpoints.best(tmp_path) is None
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    words = [*launched(2), "--no_local_rank", Path(__file__).parent / "checkpoint_job.py", folder]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def last(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
+    """The weights after six updates of two ranks, and what the last three of them gave."""
+    folder = run_dir / "checkpoints" / "step-000006"
+    about = json.loads((folder / "state.json").read_text())["about"]
+    return saved_weights(folder / "student"), about["seen"]
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_rank_goes_on_with_what_two_have_saved(two_ranks, tmp_path, capfd, stage):
+    """After three updates of the one the weights are where three more of the two would have taken them."""
+    runlog.warn.cache_clear()
+    run_dir = two_ranks / f"stage-{stage}"
+    expected, seen = last(run_dir)
+    job = Job(two_ranks, stage)
+    folder = run_dir / "checkpoints" / "step-000003"
+    assert checkpoints.load(folder, {"student": job.engine})[0] == 3
+    said = "warning: checkpoint step-000003: saved by 2 ranks, rewritten for 1" in capfd.readouterr().err
+    assert said == (stage > 0)  # without ZeRO the state is whole anyway
+    for one, two in zip(job.update(3), seen, strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    checkpoints.save(tmp_path, 6, {"student": job.engine}, {"seen": []}, keep=1)
+    found, _ = last(tmp_path)
+    assert found.keys() == expected.keys() and len(found) > 50
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= 0.02 * LEARNING_RATE * 3, name
+    assert names(run_dir) == ["step-000003", "step-000006"]
+
+
+def exported(capfd, *arguments: str | Path) -> tuple[int, list[str], list[str]]:
+    """Code, stdout and errors of `ril export`."""
+    parsed = cli._parser().parse_args(["export", *map(str, arguments)])
+    code = exit_code(lambda: cli._run(parsed))
+    out, err = capfd.readouterr()
+    return code, out.splitlines(), [line for line in err.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_becomes_a_student_that_from_pretrained_loads(two_ranks, tmp_path, capfd, stage):
+    run_dir = two_ranks / f"stage-{stage}"
+    before = AutoModelForImageTextToText.from_pretrained(two_ranks / "model").state_dict()
+    for which, step in (([], 6), (["--checkpoint", "best"], 3), (["--checkpoint", "step-6"], 6)):
+        out = tmp_path / f"{len(which)}{step}"
+        code, (line,), _ = exported(capfd, run_dir, *which, "--out", out)
+        folder = run_dir / "checkpoints" / f"step-{step:06}"
+        assert code == 0 and json.loads(line) == {"checkpoint": str(folder), "student": str(out)}
+        AutoProcessor.from_pretrained(out)
+        found = AutoModelForImageTextToText.from_pretrained(out).state_dict()
+        saved = saved_weights(folder / "student")
+        assert found.keys() == before.keys()
+        assert all(value.equal(saved[f"model.{name}"]) for name, value in found.items())
+        moved = {name for name, value in found.items() if not value.equal(before[name])}
+        assert moved and not any("visual" in name for name in moved)
+
+
+def test_what_cannot_be_exported_is_one_line(run_dir, tmp_path, capfd):
+    out = tmp_path / "student"
+    (run_dir / "config.yaml").write_text("rl: {algorithm: dr_grpo}")
+    truncate(run_dir / "checkpoints" / "step-000003")
+    cases = {
+        (run_dir,): "checkpoint .*step-000003: student/state/.* has 1000 bytes, .*; choose another one by --checkpoint",
+        (
+            run_dir,
+            "--checkpoint",
+            "step-1",
+        ): "--checkpoint step-1: no such one, expected step-N or best; .* has step",
+        (
+            run_dir,
+            "--checkpoint",
+            "last",
+        ): "--checkpoint last: no such one, expected step-N or best; .* has step",
+        (
+            run_dir,
+            "--checkpoint",
+            "best",
+        ): r"--checkpoint best: no accuracy was measured .*\(rl.evaluate_every\); ",
+        (tmp_path / "none",): "run .*none: no config.yaml there; expected the folder of a run",
+    }
+    for words, message in cases.items():
+        code, _, (line,) = exported(capfd, *words, "--out", out)
+        assert code == 2 and re.match(f"error: {message}", line), line
+        assert not out.exists()
+    code, _, (line,) = exported(capfd, run_dir, "--out", run_dir)
+    assert code == 2 and re.match("error: --out .*: it is there already; name a new folder", line)

@@ -33,6 +33,7 @@ def metrics(step, ril):
         row |= {"discriminator/calibration_error": 0.1, "discriminator/score_by_length": 0.3, "reward/unscored": 0.0}
         row |= {"reward/similarity_by_length": 0.3}
         row |= {f"reward/{kind}/{name}": 0.6 for kind in ("answer", "similarity") for name in ("qwen", "internvl")}
+        row |= {f"validation/{way}": 0.6 for way in ("greedy", "sampled") if step % 4 == 1}
         seconds |= {"discriminator": 0.2}
     return {"step": step, "metrics": row, "seconds": seconds}
 
@@ -118,7 +119,7 @@ def test_one_curve_per_panel_and_fewer_without_a_discriminator(run):
     run_dir, data_dir = run()
     html = write_report(run_dir, data_dir).read_text(encoding="utf-8")
     assert html.count("<svg") == len(report.PANELS) + 1
-    lines = ("AUC</text>", "teachers</text>", "internvl</text>", "rollout</text>", "other</text>")
+    lines = ("AUC</text>", "greedy</text>", "teachers</text>", "internvl</text>", "rollout</text>", "other</text>")
     for text in ("<b>Discriminator</b>", "<b>Similarity reward by source</b>", *lines):
         assert text in html
 

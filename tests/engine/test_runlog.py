@@ -1,9 +1,11 @@
 """What a user sees while training, read back from real files, a real terminal and TensorBoard's own reader."""
 
 import json
+import math
 import os
 import sys
 import time
+from contextlib import contextmanager
 from io import StringIO
 from types import SimpleNamespace
 
@@ -140,6 +142,20 @@ def test_phase_timer_accumulates_and_clears(clock):
     assert timer.pop() == {"step": 0.5}
 
 
+def test_a_phase_within_another_counts_in_itself_only(clock):
+    timer = PhaseTimer()
+    with timer.phase("policy"):
+        clock.now += 1.0
+        for seconds in (2.0, 3.0):
+            with timer.phase("reference"):
+                clock.now += seconds
+                with timer.phase("gather"):
+                    clock.now += 0.25
+        clock.now += 4.0
+    clock.now += 1.0
+    assert timer.pop() == {"gather": 0.5, "reference": 5.0, "policy": 5.0, "step": 11.5}
+
+
 def test_phase_timer_waits_for_cuda_only_when_it_is_in_use(monkeypatch):
     calls = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("synchronize"))
@@ -152,6 +168,37 @@ def test_phase_timer_waits_for_cuda_only_when_it_is_in_use(monkeypatch):
     with timer.phase("score"):
         calls.append("work")
     assert calls == ["synchronize", "work", "synchronize"]
+
+
+def test_a_phase_is_a_range_of_nvtx(monkeypatch):
+    """Whatever the device: Nsight Systems shows those of a CPU, too."""
+    calls = []
+
+    @contextmanager
+    def annotate(name):
+        calls.append(f"{name} begins")
+        yield
+        calls.append(f"{name} ends")
+
+    monkeypatch.setattr(runlog, "annotate", annotate)
+    with PhaseTimer().phase("rollout"):
+        calls.append("work")
+    assert calls == ["rollout begins", "work", "rollout ends"]
+
+
+def test_updates_of_a_stage_that_are_left_out_are_counted(capsys):
+    runlog.warn.cache_clear()
+    skipped = runlog.Skipped("SFT student", 2)
+    for step, norm in enumerate((1.0, math.nan, 0.5, math.inf), 1):
+        skipped(step, norm)
+    assert skipped.count == 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: SFT student: no update in step {step}, the loss or its gradient was not finite ({count} so far)"
+        for step, count in ((2, 1), (4, 2))
+    ]
+    message = r"SFT student: 2 steps in a row \(rl.max_skipped_steps\), up to step 5, without an update, .*; lower its"
+    with pytest.raises(UserError, match=message):
+        skipped(5, -math.inf)
 
 
 def test_plain_lines_at_most_every_ten_seconds_with_recent_eta(clock, capfd):
