@@ -64,6 +64,8 @@ def _evaluate(config, arguments) -> dict:
     from ril_engine.models import Encoder, load
     from ril_engine.questions import evaluation_questions
 
+    if arguments.data:
+        return _evaluate_file(config, arguments)
     data_dir, data_key = stages.data(config)
     path = arguments.student or stages.sft(config, data_dir, data_key)[0]
     model, processor = load(config.student.model_copy(update={"path": path}))
@@ -72,6 +74,62 @@ def _evaluate(config, arguments) -> dict:
     questions = evaluation_questions(config, data_dir)
     result = evaluate(config, model, encoder, questions, f"evaluation of {path}")
     return {"student": path, "split": config.evaluation.split, **result}
+
+
+def _evaluate_file(config, arguments) -> dict:
+    """On any file of questions, by the config's answer rewards."""
+    import time
+    from contextlib import closing
+
+    from ril_engine import stages
+    from ril_engine.evaluation import evaluate
+    from ril_engine.models import Encoder, load
+    from ril_engine.questions import read_questions
+    from ril_engine.rewards import AnswerRewards
+    from ril_engine.tiny_judge import with_judges
+
+    path, file = arguments.student, arguments.data
+    if not path:
+        raise UserError("--data without --student: name the checkpoint to evaluate, such as RUN_DIR/student")
+    if not config.answer_rewards:
+        raise UserError("answer_rewards is empty: --data measures by them; name one, such as [{kind: verifier}]")
+    if not file.exists():
+        raise UserError(f"--data {file}: no such file; give a .jsonl or .parquet file of questions")
+    if file.suffix == ".parquet":
+        folder, _ = stages.unpacked(config, {"test": [file]})
+        file = folder / "test.jsonl"
+    questions = read_questions(file, config.on_bad_data, referenced=True, named=False)
+    questions = questions[: config.evaluation.questions or None]
+    model, processor = load(config.student.model_copy(update={"path": path}))
+    encoder = Encoder(model, processor, file.parent, config.data.max_image_pixels)
+    rewards = AnswerRewards(with_judges(config))
+
+    def score(*some: list) -> list[float]:
+        return [each.reward for each in rewards.score(*some)]
+
+    answers = config.work_dir / "evaluations" / f"{arguments.data.stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    answers.parent.mkdir(parents=True, exist_ok=True)
+    with closing(rewards):
+        result = evaluate(config, model, encoder, questions, f"evaluation of {path}", answers, score)
+    return {"student": path, "data": str(arguments.data), "answers": str(answers), **result}
+
+
+def _data_check(arguments) -> dict:
+    import json
+
+    from ril_engine.config_file import load_config
+    from ril_engine.user_data import check
+
+    if arguments.set and not arguments.config:
+        raise UserError(f"--set {arguments.set[0]}: no effect without --config; name the file that it changes")
+    config = load_config(arguments.config, arguments.set) if arguments.config else None
+    result = check(arguments.data, config)
+    if result["bad"]:
+        print(json.dumps(result))
+        raise UserError(
+            f"data {arguments.data}: {result['bad']} faults in {result['rows']} rows, told above; mend them"
+        )
+    return result
 
 
 def _report(arguments) -> dict:
@@ -139,6 +197,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
         if name == "evaluate":
             command.add_argument("--student", metavar="PATH", help="a checkpoint; default: the student after SFT")
+            text = "a .jsonl or .parquet file of questions instead of the config's; measured by answer_rewards"
+            command.add_argument("--data", metavar="FILE", type=Path, help=text)
     train = commands.add_parser("train", help="everything above, then the RIL loop (train.py)")
     add_run_arguments(train)
     plan = commands.add_parser("plan", help="whether a config fits its GPUs, and the least time of a step")
@@ -147,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True, help="ranks of the job, one GPU each")
     plan.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each GPU")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200; default: h100")
+    text = "tell of every bad row of a data set, and count what there is; exit code 2 if any is bad"
+    check = commands.add_parser("data-check", help=text, description=text)
+    check.add_argument("data", type=Path, help="a folder of data, or a .jsonl or .parquet file of questions")
+    check.add_argument("--config", help="a YAML file: what it needs is looked for, and its student counts tokens")
+    check.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting")
     report = commands.add_parser("report", help="draw report.html of a run again")
     report.add_argument("run_dir", type=Path)
     text = "a checkpoint's student in Hugging Face's format; its files are read with pickle: of runs that you trust"
@@ -162,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict:
-    alone = {"plan": _plan, "report": _report, "compare": _compare, "export": _export}
+    alone = {"plan": _plan, "report": _report, "compare": _compare, "export": _export, "data-check": _data_check}
     if arguments.command in alone:
         return alone[arguments.command](arguments)
     if arguments.command == "train":

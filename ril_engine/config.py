@@ -48,8 +48,8 @@ class DataConfig(Section):
         "digits",
         min_length=1,
         description='"digits", or a folder with train.jsonl, validation.jsonl, test.jsonl and, where sft.steps > 0, '
-        "sft.jsonl; a line holds id, question, answer, and optionally image (a path inside the folder) and kind; "
-        "sft.jsonl also response",
+        "sft.jsonl; a line holds id, question, answer, and optionally image (a path inside the folder) or images and "
+        "kind; sft.jsonl also response; or instead of them Parquet files of the same columns",
     )
     digits: DigitsConfig = DigitsConfig()
     max_image_pixels: Count = Field(4096 * 4096, description="larger images are refused")

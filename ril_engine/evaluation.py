@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,12 +21,25 @@ MODES = ("greedy", "sampled")
 ASKED = ("id", "question", "image", "answer")
 
 
+def verified(rows: list[dict], responses: list[str], truncated: list[bool]) -> list[float]:
+    """1.0 for each response that agrees with its row's reference."""
+    some = zip(rows, responses, truncated, strict=True)
+    return [0.0 if cut else float(verify(text, row["answer"])) for row, text, cut in some]
+
+
 def evaluate(
-    config: Config, model, encoder: Encoder, questions: list[dict], title: str, answers: Path | None = None
+    config: Config,
+    model,
+    encoder: Encoder,
+    questions: list[dict],
+    title: str,
+    answers: Path | None = None,
+    score: Callable[[list[dict], list[str], list[bool]], list[float]] = verified,
 ) -> dict:
     """{"greedy", "sampled": accuracy, "questions", "by_kind": greedy, "mean_length": of the sampled, in tokens}.
 
-    Every question's two answers and their rewards are written to the JSONL file `answers`, if one is named.
+    Accuracy is the mean `score` of (rows, responses, truncated). Every question's two answers and their scores are
+    written to the JSONL file `answers`, if one is named.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     mine = list(range(rank, len(questions), world))
@@ -41,9 +56,12 @@ def evaluate(
             ]
             for mode in MODES:
                 drawn = sampler.generate(rows, 1, seed=seed, greedy=mode == "greedy", advance=advance)
-                for record, (_, row), (each,) in zip(some, rows, drawn, strict=True):
-                    record[mode] = 0.0 if each.truncated else float(verify(each.text, row["answer"]))
-                    record |= {f"{mode}_text": each.text, f"{mode}_length": len(each.ids)}
+                made = [each for (each,) in drawn]
+                scores = score(
+                    [row for _, row in rows], [each.text for each in made], [each.truncated for each in made]
+                )
+                for record, each, value in zip(some, made, scores, strict=True):
+                    record |= {mode: value, f"{mode}_text": each.text, f"{mode}_length": len(each.ids)}
             records += some
     model.train(was_training)
     gathered: list = [None] * world
@@ -54,13 +72,28 @@ def evaluate(
     by_kind = {}
     for kind in dict.fromkeys(record["kind"] for record in table):
         some = [record for record in table if record["kind"] == kind]
-        by_kind[kind] = {"accuracy": _mean(some, "greedy"), "questions": len(some)}
+        by_kind[kind] = {
+            "accuracy": _mean(some, "greedy"),
+            "interval": interval([record["greedy"] for record in some]),
+            "questions": len(some),
+        }
     mean = {mode: _mean(table, mode) for mode in MODES} | {"mean_length": _mean(table, "sampled_length")}
-    return {**mean, "questions": len(table), "by_kind": by_kind}
+    intervals = {mode: interval([record[mode] for record in table]) for mode in MODES}
+    return {**mean, "intervals": intervals, "questions": len(table), "by_kind": by_kind}
 
 
 def _mean(records: list[dict], name: str) -> float:
     return sum(record[name] for record in records) / len(records)
+
+
+def interval(scores: list[float]) -> list[float]:
+    """Of 95 % for a mean over questions: Wilson's where all scores are 0 or 1, else 1.96 standard errors each way."""
+    z, n, mean = 1.96, len(scores), sum(scores) / len(scores)
+    if all(value in (0.0, 1.0) for value in scores):
+        centre, half = mean + z * z / (2 * n), z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+        return [max(0.0, (centre - half) / (1 + z * z / n)), min(1.0, (centre + half) / (1 + z * z / n))]
+    half = z * math.sqrt(sum((value - mean) ** 2 for value in scores) / max(n - 1, 1) / n)
+    return [mean - half, mean + half]
 
 
 def compare(runs: list[Path], against: list[Path], draws: int = 10_000) -> dict:

@@ -6,6 +6,7 @@ B sequences, S padded length, T packed response tokens, N responses.
 from __future__ import annotations
 
 import base64
+import io
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -19,9 +20,11 @@ from ril_engine.errors import UserError
 from ril_engine.families import require_packable
 from ril_engine.packing import TOKEN_KEYS, pack
 from ril_engine.placement import to_device
-from ril_engine.questions import image_path
+from ril_engine.questions import image_path, parts, pictures
 
 CACHED_PROMPTS = 4096
+CACHED_BYTES = 2**30  # of their pixels: 20 MB are usual for a picture of a million pixels
+IMAGE_BYTES = 2**26  # of a picture's file; a larger one is refused
 
 
 @dataclass
@@ -40,14 +43,14 @@ class Batch:
         return replace(self, inputs=inputs, row=row, target=target)
 
 
-def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
-    """A model and its processor.
+def load(config: ModelConfig, dtype: torch.dtype = torch.float32, *, weights: bool = True):
+    """A model and its processor. Without weights its tensors have shapes alone.
 
     Raises:
         UserError: no such checkpoint, not one of an image-text-to-text model, or one that lacks weights.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     folder = Path(config.path)
     if (folder.is_absolute() or folder.exists()) and not (folder / "config.json").exists():
@@ -55,9 +58,15 @@ def load(config: ModelConfig, dtype: torch.dtype = torch.float32):
         raise UserError(f"model {config.path}: {what}; give a Hugging Face checkpoint")
     options = {"trust_remote_code": config.trust_remote_code}
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
-            config.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        if weights:
+            model, found = AutoModelForImageTextToText.from_pretrained(
+                config.path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        else:
+            found = {"missing_keys": set(), "mismatched_keys": set()}
+            with torch.device("meta"):
+                shape = AutoConfig.from_pretrained(config.path, **options)
+                model = AutoModelForImageTextToText.from_config(shape, **options)
         processor = AutoProcessor.from_pretrained(config.path, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -108,30 +117,50 @@ def require_packable_student(config: ModelConfig) -> None:
         require_packable(found.text_config)
 
 
-def read_image(folder: Path, name: str, max_pixels: int):
-    """An RGB picture that lies inside `folder`."""
-    from PIL import Image, UnidentifiedImageError
-
+def image_bytes(folder: Path, name: str | bytes) -> bytes:
+    """The file of a picture that lies inside `folder`; bytes, which a Parquet file brings, are one already."""
+    if isinstance(name, bytes):
+        return name
     path = image_path(folder, name)
     try:
-        with Image.open(path) as image:
+        with path.open("rb") as file:
+            return file.read(IMAGE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"image {path}: {error.strerror}; expected a PNG, JPEG or WebP file") from error
+
+
+def open_image(data: bytes, name: str, max_pixels: int):
+    """An RGB picture and its media type.
+
+    Raises:
+        UserError: too many bytes or pixels, or no picture; `name` says which.
+    """
+    from PIL import Image
+
+    if len(data) > IMAGE_BYTES:
+        raise UserError(f"image {name}: more than {IMAGE_BYTES} bytes; make it smaller")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
             if image.width * image.height > max_pixels:
                 raise UserError(
-                    f"image {path}: {image.width} x {image.height} pixels, more than data.max_image_pixels {max_pixels}"
+                    f"image {name}: {image.width} x {image.height} pixels, more than data.max_image_pixels {max_pixels}"
                 )
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"image {path}: not a readable picture; expected PNG, JPEG or WebP") from error
+            return image.convert("RGB"), Image.MIME.get(image.format, "application/octet-stream")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"image {name}: not a readable picture; expected PNG, JPEG or WebP") from error
+
+
+def read_image(folder: Path, name: str | bytes, max_pixels: int):
+    """An RGB picture that lies inside `folder`."""
+    shown = "in the row" if isinstance(name, bytes) else str(folder / name)
+    return open_image(image_bytes(folder, name), shown, max_pixels)[0]
 
 
 def image_url(folder: Path, name: str, max_pixels: int) -> str:
     """A picture's file as a data URL, byte by byte, where `read_image` takes it."""
-    from PIL import Image
-
-    read_image(folder, name, max_pixels)
-    with Image.open(folder / name) as image:
-        media_type = Image.MIME.get(image.format, "application/octet-stream")
-    return f"data:{media_type};base64,{base64.b64encode((folder / name).read_bytes()).decode()}"
+    data = image_bytes(folder, name)
+    _, media_type = open_image(data, str(folder / name), max_pixels)
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 class Encoder:
@@ -150,28 +179,27 @@ class Encoder:
         vocabulary = model.get_input_embeddings().weight.shape[0]
         self.banned_ids += range(len(self.tokenizer), vocabulary)
         self._prompts: OrderedDict[tuple, dict[str, Tensor]] = OrderedDict()
+        self._cached_bytes = 0
 
     def prompt(self, question: dict) -> dict[str, Tensor]:
-        """The chat prompt of a question with its picture: tokens (1, S) and pixels."""
-        text = question["question"]
-        key = (text, question.get("image"))  # an id may come again in another split
+        """The chat prompt of a question with its pictures: tokens (1, S) and pixels."""
+        asked = parts(question)
+        key = tuple(asked)  # an id may come again in another split
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
-        if any(token in text for token in self.tokenizer.all_special_tokens):
+        if any(token in text for kind, text in asked for token in self.tokenizer.all_special_tokens if kind == "text"):
             raise UserError(f"question {question['id']}: its text holds a special token of the model; remove it")
-        content = [{"type": "text", "text": text}]
-        images = None
-        if question.get("image"):
-            content.insert(0, {"type": "image"})
-            images = [read_image(self.folder, question["image"], self.max_pixels)]
+        content = [{"type": kind} | ({"text": text} if kind == "text" else {}) for kind, text in asked]
+        images = [read_image(self.folder, name, self.max_pixels) for name in pictures(question)] or None
         rendered = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         encoded = dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
         self._prompts[key] = encoded
-        if len(self._prompts) > CACHED_PROMPTS:
-            self._prompts.popitem(last=False)
+        self._cached_bytes += _size(encoded)
+        while len(self._prompts) > CACHED_PROMPTS or (self._cached_bytes > CACHED_BYTES and len(self._prompts) > 1):
+            self._cached_bytes -= _size(self._prompts.popitem(last=False)[1])
         return encoded
 
     def response(self, text: str, *, eos: bool = True) -> list[int]:
@@ -219,6 +247,10 @@ class Encoder:
             target=torch.tensor([i for ids in responses for i in ids]),
             response_index=torch.repeat_interleave(torch.arange(len(responses)), counts),
         )
+
+
+def _size(encoded: dict[str, Tensor]) -> int:
+    return sum(value.nbytes for value in encoded.values())
 
 
 def _pad(pairs: list[tuple[dict[str, Tensor], list[int]]], pad_id: int, *, left: bool) -> dict[str, Tensor]:

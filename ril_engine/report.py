@@ -22,6 +22,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from PIL import Image
 
 from ril_engine.errors import UserError
+from ril_engine.questions import pictures
 from ril_engine.runlog import accuracy_rows, clock, read_jsonl
 
 ALGORITHMS = {"ril": "RIL", "dr_grpo": "Dr. GRPO", "grpo": "GRPO", "sft": "SFT on responses"}
@@ -253,7 +254,7 @@ def _sample(row: dict, data_dir: Path) -> str:
         f"<td>{_number(r['advantage'], '+.2f')}</td></tr>"
         for r in sorted(row["responses"], key=lambda r: r["source"] != "student")
     )
-    picture = _picture(data_dir, row["image"], str(row["id"])) if row["image"] else ""
+    picture = "".join(_picture(data_dir, name, str(row["id"])) for name in pictures(row))
     reference = escape(row["answer"] or "none")
     return (
         f'<div class="sample">{picture}<div><p><b>{escape(row["question"])}</b><br>Reference answer: '

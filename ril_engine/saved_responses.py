@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -14,11 +13,11 @@ from ril_engine.config import Config, ModelConfig, TeacherConfig
 from ril_engine.engine import device
 from ril_engine.errors import UserError
 from ril_engine.models import Encoder, image_url, load, load_tokenizer
-from ril_engine.questions import json_lines, read_jsonl, text_of, training_questions
+from ril_engine.questions import json_lines, parts, read_jsonl, text_of, training_questions
 from ril_engine.rollout import rollout, seed_of
 from ril_engine.runlog import progress, warn
 from ril_engine.server import chat, collect, request_seed
-from ril_engine.stages import barrier, is_main, key_of, on_rank_0, stage, teacher
+from ril_engine.stages import barrier, digest, is_main, key_of, on_rank_0, stage, teacher
 from ril_engine.teachers import needed
 
 SHOWN_CHARACTERS = 60  # of an id in a message
@@ -112,13 +111,13 @@ def served_responses(config: Config, which: TeacherConfig, data_dir: Path, data_
     keys = [(i, n) for i in range(len(rows)) for n in range(config.responses.per_question)]
 
     @functools.lru_cache(maxsize=1)  # the samples of a question are asked for one after another
-    def picture(i: int) -> str | None:
-        name = rows[i].get("image")
-        return image_url(data_dir, name, config.data.max_image_pixels) if name else None
+    def asked(i: int) -> list[tuple[str, str]]:
+        limit = config.data.max_image_pixels
+        return [(kind, image_url(data_dir, x, limit) if kind == "image" else x) for kind, x in parts(rows[i])]
 
     def body(key: tuple[int, int]) -> dict:
         seed = request_seed(config.seed, key)
-        return chat(server, rows[key[0]]["question"], picture(key[0]), config.sampling, seed)
+        return chat(server, asked(key[0]), config.sampling, seed)
 
     def rank_0(out: Path) -> None:
         answers = collect(server, keys, body, saved, f"responses of {which.name}")
@@ -138,11 +137,11 @@ def file_responses(config: Config, which: TeacherConfig, student_path: str, data
         UserError: no such file, or bad rows with on_bad_data "stop"; with "skip" they are left out with a warning.
     """
     rows, count = training_questions(config, data_dir), needed(config)[which.name]
-    digest = on_rank_0(lambda: _digest(which))
+    contents = on_rank_0(lambda: _digest(which))
     # Of the student only the tokenizer counts, and D's instruction is in the corpus of a tiny one's.
     tokenizer = (config.student, config.discriminator.instruction)
     settings = (count, config.sampling.max_new_tokens, config.on_bad_data)
-    key = key_of("responses of a file", which.name, digest, *tokenizer, *settings, data_key, _ids(rows))
+    key = key_of("responses of a file", which.name, contents, *tokenizer, *settings, data_key, _ids(rows))
 
     def rank_0(out: Path) -> None:
         every = set(_ids(read_jsonl(data_dir / "train.jsonl", ("id",))))
@@ -159,7 +158,7 @@ def file_responses(config: Config, which: TeacherConfig, student_path: str, data
             if len(few) == len(rows):
                 raise UserError(f"{said}, so that on_bad_data: skip leaves no question; mend the file")
             (out / NOTE).write_text(f"{said}; over-long texts are cut and the others left out (on_bad_data: skip)")
-        model = f"{which.responses}, sha256 {digest}"
+        model = f"{which.responses}, sha256 {contents}"
         some = [(row["id"], n, *each) for row in rows for n, each in enumerate(kept[row["id"]])]
         lines = [_record(question, which.name, n, *each, model) for question, n, *each in some]
         (out / "responses.jsonl").write_text("".join(lines))
@@ -171,16 +170,12 @@ def file_responses(config: Config, which: TeacherConfig, student_path: str, data
 
 
 def _digest(which: TeacherConfig) -> str:
-    digest = hashlib.sha256()
     try:
-        with which.responses.open("rb") as file:
-            while block := file.read(2**20):
-                digest.update(block)
+        return digest(which.responses)
     except OSError as error:
         raise UserError(
             f"teacher {which.name}, file {which.responses}: {error.strerror}; give a JSONL file of responses"
         ) from error
-    return digest.hexdigest()
 
 
 def _shown(question: str) -> str:

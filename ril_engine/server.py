@@ -56,11 +56,12 @@ def request_seed(seed: int, key: Key) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, *key)).encode()).digest()[:4], "big") >> 1
 
 
-def chat(server: ServerConfig, text: str, image_url: str | None, sampling: SamplingConfig, seed: int) -> dict:
-    """The body of a request for one response to a user's turn."""
-    content = [{"type": "text", "text": text}]
-    if image_url is not None:
-        content.insert(0, {"type": "image_url", "image_url": {"url": image_url}})
+def chat(server: ServerConfig, asked: list[tuple[str, str]], sampling: SamplingConfig, seed: int) -> dict:
+    """The body of a request for one response to a user's turn, of ("text", a text) and ("image", a picture's URL)."""
+    content = [
+        {"type": "text", "text": value} if kind == "text" else {"type": "image_url", "image_url": {"url": value}}
+        for kind, value in asked
+    ]
     return {
         "model": server.model,
         "messages": [{"role": "user", "content": content}],

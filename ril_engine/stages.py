@@ -25,8 +25,9 @@ from ril_engine.errors import UserError, require_free_disk
 from ril_engine.locks import held
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
-from ril_engine.questions import read_jsonl, require_images, training_questions
+from ril_engine.questions import SPLITS, data_files, read_jsonl, require_images, training_questions
 from ril_engine.runlog import Skipped, progress, warn
+from ril_engine.user_data import unpack
 
 T = TypeVar("T")
 DONE = "done.json"
@@ -37,6 +38,7 @@ _TRAINING = ("engine", "policy", *_MODELS)
 CODE: dict[str, tuple[str, ...]] = {
     "data": ("digits", "stages", "tiny_models"),
     "files": (),
+    "unpacked": ("models", "questions", "stages", "user_data"),
     "model": (),
     "teacher": ("digits", "token_logprob", *_TRAINING),
     "sft": ("digits", "token_logprob", *_TRAINING),
@@ -173,9 +175,34 @@ def data(config: Config) -> tuple[Path, str]:
 
         return stage(config, "data", key, build), key
     folder = Path(config.data.dir)
+    found = {name: data_files(folder, name) for name in SPLITS}
+    if any(path.suffix == ".parquet" for files in found.values() for path in files):
+        folder, key = unpacked(config, {name: files for name, files in found.items() if files[0].exists()})
+        training_questions(config, folder)
+        return folder, key
     require_images(folder, training_questions(config, folder))
     files = [folder / f"{split}.jsonl" for split in ("train", "validation", "test")] + sorted(folder.glob("sft*.jsonl"))
     return folder, key_of("files", {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files if p.exists()})
+
+
+def unpacked(config: Config, splits: dict[str, list[Path]]) -> tuple[Path, str]:
+    """What `data` gives, of Parquet files: a stage with JSON lines and pictures."""
+    digests = on_rank_0(lambda: {name: [digest(path) for path in files] for name, files in splits.items()})
+    key = key_of("unpacked", digests, config.data.max_image_pixels)
+
+    def build(out: Path) -> None:
+        on_rank_0(lambda: unpack(splits, out, config.data.max_image_pixels))
+
+    return stage(config, "data", key, build), key
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, which is read piece by piece."""
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def train_supervised(

@@ -9,6 +9,7 @@ import torch
 from ril_engine import digits, tiny_models
 from ril_engine.config import DigitsConfig, ModelConfig
 from ril_engine.errors import UserError
+from ril_engine.families import adapt, language_model
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
 
@@ -42,6 +43,32 @@ def test_batched_logprobs_equal_one_by_one(family, task):
     ids = full.inputs["input_ids"][0]
     by_hand = torch.stack([logits[t - 1, ids[t]] for t in range(len(ids) - len(responses[0]), len(ids))])
     torch.testing.assert_close(alone[0], by_hand, atol=2e-5, rtol=0)
+
+
+def test_pictures_are_where_the_question_has_them(family, task):
+    model, encoder = family
+    names = [row["image"] for row in task[1][:2]]
+    one, two = (
+        {"id": "a", "question": text, "images": names} for text in ("left <image>or<image> right", "left right")
+    )
+    ids = [encoder.prompt(row)["input_ids"][0].tolist() for row in (one, two)]
+    placeholder = model.config.image_token_id
+    alone = encoder.prompt({**task[1][0]})["input_ids"][0].tolist().count(placeholder)
+    assert [each.count(placeholder) for each in ids] == [2 * alone] * 2
+    texts = [encoder.tokenizer.decode([i for i in each if i not in encoder.banned_ids]) for each in ids]
+    assert "left or right" in texts[0] and "left right" in texts[1]
+    assert "or" in encoder.tokenizer.decode(ids[0][ids[0].index(placeholder) : -ids[0][::-1].index(placeholder)])
+    swapped = {**one, "images": names[::-1]}
+    responses = [encoder.response("7 and 8"), encoder.response("so it is odd.")]
+    model = copy.deepcopy(model)
+    adapt(language_model(model), "shared")
+    with torch.no_grad():
+        found = [
+            Policy(model)(encoder.batch([row, row], responses, packing))
+            for row, packing in ((one, "padded"), (one, "shared"), (swapped, "shared"))
+        ]
+    torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
+    assert (found[1] - found[2]).abs().max() > 1e-3
 
 
 def test_a_placeholder_is_banned_and_never_kept(family, task):

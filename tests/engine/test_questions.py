@@ -6,7 +6,15 @@ import pytest
 
 from ril_engine.config import Config
 from ril_engine.errors import UserError
-from ril_engine.questions import LINE_BYTES, evaluation_questions, json_lines, read_questions, training_questions
+from ril_engine.questions import (
+    LINE_BYTES,
+    evaluation_questions,
+    json_lines,
+    parts,
+    read_jsonl,
+    read_questions,
+    training_questions,
+)
 
 GOOD = {"id": "a", "question": "What is it?", "answer": "7"}
 
@@ -87,3 +95,74 @@ def test_evaluation_always_needs_references(file, tmp_path):
     assert [row["id"] for row in training_questions(Config.model_validate(settings), tmp_path)] == ["a"]
     settings |= {"answer_rewards": [{"kind": "verifier"}]}  # the first of those that are left
     assert [row["id"] for row in training_questions(Config.model_validate(settings), tmp_path)] == ["b"]
+
+
+def turns(*content, names=("messages", "role", "content"), roles=("user", "assistant"), **row) -> dict:
+    return {
+        "id": "a",
+        names[0]: [dict(zip(names[1:], each, strict=True)) for each in zip(roles, content, strict=False)],
+        **row,
+    }
+
+
+LLAVA = {"names": ("conversations", "from", "value"), "roles": ("human", "gpt")}
+PARTS = [{"type": "image"}, {"type": "text", "text": "Which?"}, {"type": "text", "text": "B"}]
+SAME = {"id": "a", "question": "Which?", "answer": "B"}
+
+
+@pytest.mark.parametrize(
+    ("row", "plain"),
+    [
+        (turns("Which?", "B"), SAME),
+        (turns("<image>\nWhich?", "B", image="i.png", **LLAVA), {**SAME, "image": "i.png"}),
+        (turns(PARTS[:2], "B", image="i.png"), {**SAME, "image": "i.png"}),
+        (turns([{"type": "image", "image": "i.png"}, PARTS[1]], PARTS[2:]), {**SAME, "image": "i.png"}),
+        ({**SAME, "images": ["i.png"]}, {**SAME, "image": "i.png"}),
+        ({**SAME, "image": {"path": "i.png", "bytes": None}}, {**SAME, "image": "i.png"}),
+        ({**SAME, "images": ["i", "j"]}, {**SAME, "images": ["i", "j"]}),
+        ({**SAME, "question": "<image> <image>Which?", "image": ["i", "j"]}, {**SAME, "images": ["i", "j"]}),
+    ],
+)  # fmt: skip
+def test_turns_and_pictures_become_plain_rows(file, row, plain):
+    assert read_questions(file(row), "stop", referenced=True) == [plain]
+
+
+def test_pictures_stand_where_the_question_says(file):
+    row = {**GOOD, "question": "Is <image> left of\n<image>\nor not?", "images": ["i.png", "j.png"]}
+    (read,) = read_questions(file(row), "stop", referenced=True)
+    between = [("text", "Is "), ("image", "i.png"), ("text", " left of"), ("image", "j.png"), ("text", "or not?")]
+    assert parts(read) == between
+    (read,) = read_questions(file({**row, "question": "Which?"}), "stop", referenced=True)
+    assert parts(read) == [("image", "i.png"), ("image", "j.png"), ("text", "Which?")]
+    (read,) = read_questions(file({**GOOD, "question": "Which?\n<image>", "image": "i.png"}), "stop", referenced=True)
+    assert parts(read) == [("text", "Which?"), ("image", "i.png")]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({**GOOD, "image": 3}, "image is 3, expected a path inside the folder; mend it"),
+        ({**GOOD, "images": ["i.png", ""]}, "image is '', expected a path"),
+        ({**GOOD, "question": "<image><image>?", "image": "i.png"}, "2 times <image> for 1 images; expected one for"),
+        (turns("a", "b", "c", roles=("user", "assistant", "user")), "messages: expected a turn of .*, got 3 turns"),
+        (turns("a", "b", roles=("system", "user")), "messages: expected a turn of the user, then .*, got 2 turns"),
+        ({"id": "a", "messages": "hello"}, "messages: expected a turn of the user, .* got str"),
+        (turns([{"type": "video"}], "b"), "messages: the turn of the user is neither text nor a list of parts"),
+        (turns("b", roles=("assistant",)), "no 'question'; every line needs id, question"),
+    ],
+)
+def test_bad_turns_and_pictures_are_named(file, row, message):
+    with pytest.raises(UserError, match=r"data .*/train\.jsonl, line 1: " + message):
+        answers(file(row))
+
+
+def test_sft_takes_its_response_from_the_turns(file):
+    (row,) = read_jsonl(file(turns("Which?", "B")), ("id", "question", "response"))
+    assert row == {"id": "a", "question": "Which?", "response": "B"}
+
+
+def test_a_benchmark_needs_no_ids(file):
+    rows = [{"question": "?", "answer": "1"}, {**GOOD, "id": 7}]
+    assert [row["id"] for row in read_questions(file(*rows), "stop", referenced=True, named=False)] == ["1", "7"]
+    with pytest.raises(UserError, match=r"line 1: no 'id'"):
+        answers(file(*rows))

@@ -42,7 +42,7 @@ def ask(server, count: int, **settings) -> dict:
         assert key not in got
         got[key] = answer
 
-    requests = (((i,), backend.chat(config, "hello", None, SamplingConfig(), i)) for i in range(count))
+    requests = (((i,), backend.chat(config, [("text", "hello")], SamplingConfig(), i)) for i in range(count))
     try:
         backend.ask(config, requests, keep)
     finally:
@@ -246,7 +246,7 @@ def test_requests_are_bounded_and_read_as_they_are_asked(loopback):
     def requests(config):
         for i in range(40):
             ahead.append(i - len(got))
-            yield (i,), backend.chat(config, "hello", None, SamplingConfig(), i)
+            yield (i,), backend.chat(config, [("text", "hello")], SamplingConfig(), i)
 
     got, config = {}, ServerConfig(url=server.url, model="m", concurrency=5)
     backend.ask(config, requests(config), got.__setitem__)
@@ -274,7 +274,7 @@ def test_sampling_reaches_the_server():
     server = ServerConfig(url="http://host:8000/v1/", model="m")
     sampling = SamplingConfig(temperature=0.7, top_p=0.9, top_k=0, repetition_penalty=1.1, max_new_tokens=9)
     assert server.url == "http://host:8000/v1"
-    assert backend.chat(server, "What?", "data:image/png;base64,AA==", sampling, 3) == {
+    assert backend.chat(server, [("image", "data:image/png;base64,AA=="), ("text", "What?")], sampling, 3) == {
         "model": "m",
         "messages": [
             {
@@ -296,7 +296,7 @@ def test_sampling_reaches_the_server():
             "n": 1,
         },
     }
-    assert backend.chat(server, "What?", None, SamplingConfig(), 3)["top_k"] == 50
+    assert backend.chat(server, [("text", "What?")], SamplingConfig(), 3)["top_k"] == 50
 
 
 def test_seeds_differ_and_fit_31_bits():
@@ -312,7 +312,7 @@ from ril_engine import server
 from ril_engine.config import SamplingConfig, ServerConfig
 config = ServerConfig(url=sys.argv[1], model="m", concurrency=4)
 keys = [(i, n) for i in range(10) for n in range(4)]
-body = lambda key: server.chat(config, "hello", None, SamplingConfig(), 4 * key[0] + key[1])
+body = lambda key: server.chat(config, [("text", "hello")], SamplingConfig(), 4 * key[0] + key[1])
 found = server.collect(config, keys, body, Path(sys.argv[2]), "responses")
 assert list(found) == keys
 """
