@@ -24,9 +24,10 @@ def unpack(splits: dict[str, list[Path]], out: Path, max_pixels: int) -> None:
     """
     (out / "images").mkdir()
     for split, files in splits.items():
+        required = ("question", "response") if split == "sft" else ("question",)
         with open(out / f"{split}.jsonl", "w", encoding="utf-8") as written:
             for path in files:
-                for number, row in checked_rows(path, ("question",)):
+                for number, row in checked_rows(path, required):
                     if isinstance(row, str):
                         raise UserError(f"{place(path, number)}: {row}")
                     try:
