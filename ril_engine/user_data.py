@@ -69,52 +69,61 @@ def check(path: Path, config: Config | None) -> dict:
     for name in missing:
         _tell(f"data {path}: no {name}.jsonl or {name}.parquet, which the config needs")
     encoder = _encoder(config, files[0].parent) if config else None
-    limit = (config.data if config else DataConfig()).max_image_pixels
     found, ids = {}, {}
     for each in files:
         split = each.stem.split("-")[0]
-        # The shards of a split share their ids.
-        seen = ids.setdefault(split, {}) if path.is_dir() else None
-        found[each.name] = _check_file(each, split, seen, encoder, limit, config)
+        seen = ids.setdefault(split, {}) if path.is_dir() else None  # the shards of a split share their ids
+        found[each.name] = _check_file(each, split, seen, encoder, config)
     rows, bad = (sum(each[name] for each in found.values()) for name in ("rows", "bad"))
     return {"data": str(path), "rows": rows, "bad": bad + len(missing), "files": found}
 
 
 def _check_file(
-    path: Path, split: str, seen: dict[str, str] | None, encoder: Encoder | None, limit: int, config: Config | None
+    path: Path, split: str, seen: dict[str, str] | None, encoder: Encoder | None, config: Config | None
 ) -> dict:
     """`seen`: where the ids of this split have been; None where a question needs none."""
     reference = "response" if split == "sft" else "answer"
     required = (*(["id"] if seen is not None else []), "question", *(["response"] if split == "sft" else []))
     needs_answer = split != "sft" and (split != "train" or config is None or bool(config.answer_rewards))
-    rows = bad = images = 0
-    kinds, referenced, prompts, references = Counter(), 0, [], []
-    for number, row in checked_rows(path, required):
-        rows += 1
-        try:
-            if isinstance(row, str):
-                raise UserError(row)
-            where = place(path, number)
-            if seen is not None and (first := seen.setdefault(row["id"], where)) != where:
-                raise UserError(f"has the id {row['id']!r} of {first}; give each question its own")
-            text = text_of(row.get(reference))
-            if text is None and needs_answer:
-                raise UserError("no 'answer'; evaluation and answer_rewards need one")
-            for picture in pictures(row):
-                read_image(path.parent, picture, limit)
-            if encoder is not None:
-                prompts.append(encoder.prompt({"id": number, **row})["input_ids"].shape[1])
-                references += [len(encoder.response(text))] if text else []
-        except UserError as error:
-            bad += 1
-            _tell(f"{place(path, number)}: {error}")
-            continue
-        images += len(pictures(row))
+    limit = (config.data if config else DataConfig()).max_image_pixels
+    rows = bad = images = referenced = 0
+    kinds, prompts, references = Counter(), [], []
+
+    def tell(message: str) -> None:
+        nonlocal bad
+        bad += 1
+        _tell(message)
+
+    def check_row(number: int, row: dict | str) -> None:
+        nonlocal images, referenced
+        if isinstance(row, str):
+            raise UserError(row)
+        where = place(path, number)
+        if seen is not None and (first := seen.setdefault(row["id"], where)) != where:
+            raise UserError(f"has the id {row['id']!r} of {first}; give each question its own")
+        text, shown = text_of(row.get(reference)), pictures(row)
+        if text is None and needs_answer:
+            raise UserError("no 'answer'; evaluation and answer_rewards need one")
+        for each in shown:
+            read_image(path.parent, each, limit)
+        if encoder is not None:
+            prompts.append(encoder.prompt({"id": number, **row})["input_ids"].shape[1])
+            references.extend([len(encoder.response(text))] if text else [])
+        images += len(shown)
         referenced += text is not None
         kinds[str(row.get("kind", "question"))] += 1
-    if rows == 0:
-        bad += 1
-        _tell(f"data {path}: no rows")
+
+    try:
+        for number, row in checked_rows(path, required):
+            rows += 1
+            try:
+                check_row(number, row)
+            except UserError as error:
+                tell(f"{place(path, number)}: {error}")
+    except UserError as error:  # the file ends here
+        tell(str(error))
+    if rows == 0 and not bad:
+        tell(f"data {path}: no rows; expected one JSON object per line")
     counts = {"with_reference": referenced, "without_reference": sum(kinds.values()) - referenced, "images": images}
     lengths = {"prompt_tokens": _spread(prompts), "reference_tokens": _spread(references)} if encoder else {}
     return {"rows": rows, "bad": bad, "kinds": dict(kinds), **counts, **lengths}

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from ril_engine import digits, tiny_models
+from ril_engine import digits, models, tiny_models
 from ril_engine.config import DigitsConfig, ModelConfig
 from ril_engine.errors import UserError
 from ril_engine.families import adapt, language_model
@@ -69,6 +69,16 @@ def test_pictures_are_where_the_question_has_them(family, task):
         ]
     torch.testing.assert_close(found[0], found[1], atol=2e-5, rtol=0)
     assert (found[1] - found[2]).abs().max() > 1e-3
+
+
+def test_kept_prompts_are_bounded_in_bytes(family, task, monkeypatch):
+    _, encoder = family
+    encoder = Encoder(family[0], encoder.processor, task[0], 10_000)
+    first = encoder.prompt(task[1][0])
+    monkeypatch.setattr(models, "CACHED_BYTES", 2 * sum(value.nbytes for value in first.values()))
+    again = [encoder.prompt(task[1][i]) for i in (1, 2, 3, 3, 0)]
+    assert len(encoder._prompts) <= 2 and again[2] is again[3] and again[4] is not first
+    assert all(again[4][key].equal(first[key]) for key in first)
 
 
 def test_a_placeholder_is_banned_and_never_kept(family, task):

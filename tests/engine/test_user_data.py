@@ -13,7 +13,14 @@ from ril_engine import cli, models, stages
 from ril_engine.config import Config
 from ril_engine.errors import UserError
 from ril_engine.models import read_image
-from ril_engine.questions import LINE_BYTES, checked_rows, evaluation_questions, pictures, training_questions
+from ril_engine.questions import (
+    LINE_BYTES,
+    checked_rows,
+    evaluation_questions,
+    pictures,
+    read_jsonl,
+    training_questions,
+)
 
 PICTURE = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})  # the Image of Hugging Face's datasets
 
@@ -69,6 +76,10 @@ def test_parquet_is_read_as_json_lines_are(folder):
     asked = evaluation_questions(job, data_dir)
     assert [(row["question"], row["answer"]) for row in asked] == [("How?", "so")] * 3
     assert len(list((data_dir / "images").iterdir())) == 2  # each picture once
+    three(folder / "sft.parquet", [{"bytes": RED, "path": ""}] * 3, question=None, answer=None, messages=turns)
+    taught = read_jsonl(stages.data(job)[0] / "sft.jsonl", ("id", "question", "response"))
+    assert [row["response"] for row in taught] == ["so"] * 3
+    (folder / "sft.parquet").unlink()
     assert stages.data(job) == (data_dir, key)
     three(folder / "train-00001-of-00002.parquet", id=[4, 5, 7])
     assert stages.data(job)[1] != key
@@ -155,6 +166,8 @@ def test_data_check_tells_of_every_bad_row(folder, ril):
     counts = {"with_reference": 2, "without_reference": 0, "images": 1}
     assert found["files"]["train.jsonl"] == {"rows": 7, "bad": 5, "kinds": {"sum": 1, "question": 1}, **counts}
     assert found["files"]["sft.jsonl"]["with_reference"] == 1 and (found["rows"], found["bad"]) == (11, 6)
+    (folder / "validation.parquet").write_text("{}")
+    assert "validation.parquet, after row 0: not readable as Parquet" in "".join(ril("data-check", folder)[1])
     code, told, found = ril("data-check", folder / "sft.jsonl")
     assert (code, told, found["rows"]) == (0, [], 1)
     assert "nothing to check there; expected a folder" in ril("data-check", folder / "no.jsonl")[1][0]
