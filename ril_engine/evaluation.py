@@ -36,7 +36,8 @@ def evaluate(
     answers: Path | None = None,
     score: Callable[[list[dict], list[str], list[bool]], list[float]] = verified,
 ) -> dict:
-    """{"greedy", "sampled": accuracy, "questions", "by_kind": greedy, "mean_length": of the sampled, in tokens}.
+    """{"greedy", "sampled": accuracy, "intervals": of both, "questions", "by_kind": greedy, "mean_length": of the
+    sampled, in tokens}.
 
     Accuracy is the mean `score` of (rows, responses, truncated). Every question's two answers and their scores are
     written to the JSONL file `answers`, if one is named.

@@ -71,7 +71,7 @@ def check(path: Path, config: Config | None) -> dict:
     encoder = _encoder(config, files[0].parent) if config else None
     found, ids = {}, {}
     for each in files:
-        split = each.stem.split("-")[0]
+        split = "sft" if each.stem.startswith("sft") else each.stem.split("-")[0]
         seen = ids.setdefault(split, {}) if path.is_dir() else None  # the shards of a split share their ids
         found[each.name] = _check_file(each, split, seen, encoder, config)
     rows, bad = (sum(each[name] for each in found.values()) for name in ("rows", "bad"))
