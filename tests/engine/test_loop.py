@@ -216,6 +216,22 @@ def test_masked_truncated_responses_count_nothing(job):
     assert metrics["loss/policy"] == pytest.approx(-kept / norm, rel=1e-5)
 
 
+@pytest.mark.parametrize("kl_on", ["student", "all"])
+def test_the_kl_term_is_divided_by_what_it_is_summed_over(job, kl_on):
+    make, questions = job
+    loop = make(updates_per_step=1, kl_on=kl_on)
+    responses = loop.rollout(0, questions)
+    with torch.no_grad():
+        for parameter in loop.policy.parameters():
+            parameter.mul_(1.02)  # away from the reference
+    metrics = loop.update_policy(responses, torch.zeros(len(responses)), PhaseTimer())
+    some = [each for each in responses if kl_on == "all" or each["source"] == "student"]
+    total, count = metrics["kl"]
+    assert count == sum(len(each["ids"]) for each in some) and total / count > 1e-5
+    limit = loop.config.sampling.max_new_tokens
+    assert metrics["loss/policy"] == pytest.approx(0.1 * total / (len(some) * limit), rel=1e-4)
+
+
 def test_an_empty_teacher_text_and_a_question_without_a_reference(job):
     make, questions = job
     loop = make()

@@ -36,12 +36,6 @@ def test_the_long_run_shares_are_the_weights_and_each_draw_is_floor_or_ceil(weig
         assert given[name] / draws == pytest.approx(float(4 * weights[name] / total), abs=0.025)
 
 
-def test_weights_are_what_the_config_says_and_not_the_floats_next_to_it():
-    weights = weights_of(config(a={"weight": 0.1}, b={"weight": 0.2}, c={"weight": 0.7}))
-    for seed in range(50):
-        assert divide(10, weights, dict.fromkeys("abc", PLENTY), generator(seed)) == {"a": 1, "b": 2, "c": 7}
-
-
 def test_equal_weights_draw_as_one_permutation_does():
     for seed in range(50):
         drawing = generator(seed)
@@ -73,5 +67,7 @@ def test_what_a_file_must_have():
     assert needed(config(a=file)) == {"a": 4}
     assert needed(config(a=file, b={})) == {"a": 2}
     assert needed(config(a={**file, "weight": 5}, b={}, c={"weight": 2})) == {"a": 3}  # ceil of 4 x 5/8
+    tenths = {name: {**file, "weight": weight} for name, weight in (("a", 0.1), ("b", 0.2), ("c", 0.7))}
+    assert needed(config(group_size=10, **tenths)) == {"a": 1, "b": 2, "c": 7}  # of the floats next to them a had 2
     assert needed(config(a=file, b={}, per_question=1)) == {"a": 3}  # the other one has no more
     assert needed(config(a=file, b={**file, "weight": 3}, c={}, per_question=1, group_size=8)) == {"a": 2, "b": 5}
