@@ -5,6 +5,8 @@ import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -108,17 +110,21 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(run_dir, engine, capf
         checkpoints.newest_whole(run_dir)
 
 
-def test_a_full_disk_leaves_the_one_before(run_dir, engine):
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """As on one, a write fails midway."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # as a full disk, the write fails midway
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
-        with pytest.raises(
-            UserError,
-            match=r"checkpoint .*step-000004: not written \(.*\); free some space; step-000003 is kept: go on with",
-        ):
-            checkpoints.save(run_dir, 4, {"student": engine}, BEFORE, keep=1)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_one_before(run_dir, engine):
+    message = r"checkpoint .*step-000004: not written \(.*\); free some space; step-000003 is kept: go on with"
+    with full_disk(), pytest.raises(UserError, match=message):
+        checkpoints.save(run_dir, 4, {"student": engine}, BEFORE, keep=1)
     assert names(run_dir) == ["step-000002", "step-000003"]
     assert checkpoints.newest_whole(run_dir).name == "step-000003"
     shutil.rmtree(run_dir / "checkpoints")
@@ -163,6 +169,11 @@ def test_one_rank_goes_on_with_what_two_have_saved(two_ranks, tmp_path, capfd, s
     expected, seen = last(run_dir)
     job = Job(two_ranks, stage)
     folder = run_dir / "checkpoints" / "step-000003"
+    if stage > 0:
+        message = r"checkpoint .*student: not rewritten for a job of 1 \(.*\); free some space, or resume with as many"
+        with full_disk(), pytest.raises(UserError, match=message):
+            checkpoints.load(folder, {"student": job.engine})
+    assert names(run_dir) == ["step-000003", "step-000006"]
     assert checkpoints.load(folder, {"student": job.engine})[0] == 3
     said = "warning: checkpoint step-000003: saved by 2 ranks, rewritten for 1" in capfd.readouterr().err
     assert said == (stage > 0)  # without ZeRO the state is whole anyway
