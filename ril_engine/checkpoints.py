@@ -202,6 +202,6 @@ def _rewrite(folder: Path, out: Path) -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
         why = str(error).splitlines()[0]
         raise UserError(
-            f"checkpoint {folder}: not rewritten for {dist.get_world_size()} ranks ({why}); free some space, or resume "
-            "with as many ranks as before"
+            f"checkpoint {folder}: not rewritten for a job of {dist.get_world_size()} ({why}); free some space, or "
+            "resume with as many ranks as before"
         ) from error

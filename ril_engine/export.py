@@ -14,6 +14,7 @@ from ril_engine import checkpoints
 from ril_engine.config_file import load_config
 from ril_engine.engine import saved_weights
 from ril_engine.errors import UserError
+from ril_engine.lora import add_adapters, merged
 from ril_engine.models import load
 from ril_engine.policy import Policy
 
@@ -39,12 +40,14 @@ def export(run_dir: Path, which: str | None, out: Path) -> dict:
     about = json.loads((folder / checkpoints.STATE).read_text())["about"]
     start = config.student.model_copy(update={"path": about["student"]})  # for all but the weights
     model, processor = load(start, torch.bfloat16 if config.deepspeed.bf16 else torch.float32)
+    if config.rl.lora is not None:
+        add_adapters(model, config.rl.lora, seed=0)
     # What is frozen may not be in a checkpoint, and is as it was at the start.
     found = Policy(model).load_state_dict(saved_weights(folder / "student"), strict=False)
     assert not found.unexpected_keys, found.unexpected_keys
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    model.save_pretrained(partial, state_dict=merged(model))
     processor.save_pretrained(partial)
     os.replace(partial, out)
     return {"checkpoint": str(folder), "student": str(out)}

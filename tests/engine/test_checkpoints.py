@@ -5,6 +5,8 @@ import re
 import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from ril_engine import checkpoints, cli, runlog
 from ril_engine.config import DeepSpeedConfig
+from ril_engine.config_file import load_config
 from ril_engine.engine import Engine, saved_weights
 from ril_engine.errors import UserError, exit_code
-from tests.engine.checkpoint_job import LEARNING_RATE, STAGES, Job
+from tests.engine.checkpoint_job import CASES, LEARNING_RATE, Job
 from tests.engine.jobs import ROOT, launched
 
 BEFORE = {"greedy": 0.5}
@@ -108,17 +111,21 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(run_dir, engine, capf
         checkpoints.newest_whole(run_dir)
 
 
-def test_a_full_disk_leaves_the_one_before(run_dir, engine):
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """As on one, a write fails midway."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))  # as a full disk, the write fails midway
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
     try:
-        with pytest.raises(
-            UserError,
-            match=r"checkpoint .*step-000004: not written \(.*\); free some space; step-000003 is kept: go on with",
-        ):
-            checkpoints.save(run_dir, 4, {"student": engine}, BEFORE, keep=1)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_one_before(run_dir, engine):
+    message = r"checkpoint .*step-000004: not written \(.*\); free some space; step-000003 is kept: go on with"
+    with full_disk(), pytest.raises(UserError, match=message):
+        checkpoints.save(run_dir, 4, {"student": engine}, BEFORE, keep=1)
     assert names(run_dir) == ["step-000002", "step-000003"]
     assert checkpoints.newest_whole(run_dir).name == "step-000003"
     shutil.rmtree(run_dir / "checkpoints")
@@ -155,22 +162,27 @@ def last(run_dir: Path) -> tuple[dict[str, torch.Tensor], list[dict]]:
 
 @pytest.mark.distributed
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("stage", STAGES)
-def test_one_rank_goes_on_with_what_two_have_saved(two_ranks, tmp_path, capfd, stage):
+@pytest.mark.parametrize("case", CASES)
+def test_one_rank_goes_on_with_what_two_have_saved(two_ranks, tmp_path, capfd, case):
     """After three updates of the one the weights are where three more of the two would have taken them."""
     runlog.warn.cache_clear()
-    run_dir = two_ranks / f"stage-{stage}"
+    run_dir, divided = two_ranks / case, case != "stage 0"
     expected, seen = last(run_dir)
-    job = Job(two_ranks, stage)
+    job = Job(two_ranks, load_config(run_dir / "config.yaml"))
     folder = run_dir / "checkpoints" / "step-000003"
+    if divided:
+        message = r"checkpoint .*student: not rewritten for a job of 1 \(.*\); free some space, or resume with as many"
+        with full_disk(), pytest.raises(UserError, match=message):
+            checkpoints.load(folder, {"student": job.engine})
+    assert names(run_dir) == ["step-000003", "step-000006"]
     assert checkpoints.load(folder, {"student": job.engine})[0] == 3
     said = "warning: checkpoint step-000003: saved by 2 ranks, rewritten for 1" in capfd.readouterr().err
-    assert said == (stage > 0)  # without ZeRO the state is whole anyway
+    assert said == divided  # without ZeRO the state is whole anyway
     for one, two in zip(job.update(3), seen, strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     checkpoints.save(tmp_path, 6, {"student": job.engine}, {"seen": []}, keep=1)
     found, _ = last(tmp_path)
-    assert found.keys() == expected.keys() and len(found) > 50
+    assert found.keys() == expected.keys() and len(found) > 40
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= 0.02 * LEARNING_RATE * 3, name
     assert names(run_dir) == ["step-000003", "step-000006"]
@@ -185,9 +197,9 @@ def exported(capfd, *arguments: str | Path) -> tuple[int, list[str], list[str]]:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_becomes_a_student_that_from_pretrained_loads(two_ranks, tmp_path, capfd, stage):
-    run_dir = two_ranks / f"stage-{stage}"
+@pytest.mark.parametrize("case", CASES)
+def test_a_checkpoint_becomes_a_student_that_from_pretrained_loads(two_ranks, tmp_path, capfd, case):
+    run_dir = two_ranks / case
     before = AutoModelForImageTextToText.from_pretrained(two_ranks / "model").state_dict()
     for which, step in (([], 6), (["--checkpoint", "best"], 3), (["--checkpoint", "step-6"], 6)):
         out = tmp_path / f"{len(which)}{step}"
@@ -198,7 +210,9 @@ def test_a_checkpoint_becomes_a_student_that_from_pretrained_loads(two_ranks, tm
         found = AutoModelForImageTextToText.from_pretrained(out).state_dict()
         saved = saved_weights(folder / "student")
         assert found.keys() == before.keys()
-        assert all(value.equal(saved[f"model.{name}"]) for name, value in found.items())
+        kept = {name: value for name, value in found.items() if f"model.{name}" in saved}
+        assert all(value.equal(saved[f"model.{name}"]) for name, value in kept.items())
+        assert bool(kept) == (case != "adapters")  # these are merged, as test_main_job.py shows
         moved = {name for name, value in found.items() if not value.equal(before[name])}
         assert moved and not any("visual" in name for name in moved)
 

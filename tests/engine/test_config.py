@@ -198,6 +198,10 @@ def test_defaults_are_the_papers(write):
             "answer_rewards.0.kind: expected one of verifier, judge, function, got 'jury'",
         ),
         (GOOD + "answer_rewards: [{kind: function, function: a}]", "answer_rewards.0.function.function: .*, got 'a'"),
+        (
+            GOOD + "rl: {evaluate_questions: 5}",
+            r"rl\.evaluate_questions is 5, without effect where rl\.evaluate_every is 0: set rl.evaluate_every",
+        ),
         (GOOD + "discriminator: {similarity_levels: 1}", "similarity_levels is 1, one reward for all: give 0, or 2"),
         (
             GOOD + "discriminator: {objective: bradley_terry, label_smoothing: 0.1}",

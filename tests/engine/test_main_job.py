@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ril_engine import tiny_models
 from ril_engine.config import LoraConfig, ModelConfig
+from ril_engine.export import export
 from ril_engine.judge import INSTRUCTIONS
 from ril_engine.lora import add_adapters
 from ril_engine.models import Encoder, load
@@ -128,10 +130,18 @@ def test_a_lora_student_resumes_and_is_exported_merged(finished, tmp_path):
     batch = encoder.batch([{"id": "a", "question": "What is it?"}], [encoder.response("I see 7 and 8.")])
     with torch.no_grad():
         torch.testing.assert_close(Policy(exported).eval()(batch), policy(batch), rtol=1e-5, atol=1e-5)
+    assert_exports_its_student(resumed, tmp_path)
+
+
+def assert_exports_its_student(result: dict, folder: Path) -> None:
+    """`ril export` of the last step's checkpoint gives what the run itself has left."""
+    export(Path(result["run_dir"]), None, folder / "exported")
+    one, two = (load_file(Path(path) / "model.safetensors") for path in (folder / "exported", result["student"]))
+    assert one.keys() == two.keys() and all(value.equal(two[name]) for name, value in one.items())
 
 
 @pytest.mark.distributed
-def test_what_a_run_leaves(finished):
+def test_what_a_run_leaves(finished, tmp_path):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     _, stages, first = finished
@@ -141,6 +151,7 @@ def test_what_a_run_leaves(finished):
     advantages = [each["advantage"] for each in json.loads(rows[0])["responses"]]
     assert abs(sum(advantages)) < 1e-5
     assert Path(first["report"]).read_text().count("data:image/png;base64,") >= 2
+    assert_exports_its_student(first, tmp_path)
     AutoProcessor.from_pretrained(first["student"])
     trained = AutoModelForImageTextToText.from_pretrained(first["student"]).state_dict()
     start = next(path for path in stages if path.name.startswith("sft-"))
