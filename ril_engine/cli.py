@@ -82,6 +82,7 @@ def _evaluate_file(config, arguments) -> dict:
     from contextlib import closing
 
     from ril_engine import stages
+    from ril_engine.engine import device
     from ril_engine.evaluation import evaluate
     from ril_engine.models import Encoder, load
     from ril_engine.questions import read_questions
@@ -101,6 +102,7 @@ def _evaluate_file(config, arguments) -> dict:
     questions = read_questions(file, config.on_bad_data, referenced=True, named=False)
     questions = questions[: config.evaluation.questions or None]
     model, processor = load(config.student.model_copy(update={"path": path}))
+    model.to(device())
     encoder = Encoder(model, processor, file.parent, config.data.max_image_pixels)
     rewards = AnswerRewards(with_judges(config))
 

@@ -61,7 +61,7 @@ def test_pictures_are_where_the_question_has_them(family, task):
     swapped = {**one, "images": names[::-1]}
     responses = [encoder.response("7 and 8"), encoder.response("so it is odd.")]
     model = copy.deepcopy(model)
-    adapt(language_model(model), "shared")
+    adapt(language_model(model), "shared", torch.device("cpu"))
     with torch.no_grad():
         found = [
             Policy(model)(encoder.batch([row, row], responses, packing))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from ril_engine import cli, models, stages
+from ril_engine import cli, models, stages, tiny_models
 from ril_engine.config import Config
 from ril_engine.errors import UserError
 from ril_engine.models import read_image
@@ -174,15 +174,27 @@ def test_data_check_tells_of_every_bad_row(folder, ril):
     assert "--set seed=1: no effect without --config" in ril("data-check", folder, "--set", "seed=1")[1][0]
 
 
-def test_data_check_with_a_student_counts_its_tokens(folder, ril, tmp_path):
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """Made before the test captures output: transformers keeps the stderr that it meets first."""
+    path = tmp_path_factory.mktemp("student")
+    tiny_models.build(path, "tiny:student", [], seed=0)
+    return path
+
+
+@pytest.mark.parametrize("tiny", [False, True], ids=["checkpoint", "tiny"])
+def test_data_check_with_a_student_counts_its_tokens(student, folder, ril, tmp_path, tiny):
     rows = [{"id": str(i), "question": "What is the left digit?" * (i + 1), "image": "blue.png"} for i in range(3)]
     rows[2]["question"] += "<|im_end|>"
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "c.yaml").write_text("{answer_rewards: [], teachers: [{name: t, path: p}], sft: {steps: 0}}")
+    which = "" if tiny else f", student: {{path: {student}}}, sft: {{steps: 0}}"
+    (tmp_path / "c.yaml").write_text(f"{{answer_rewards: [], teachers: [{{name: t, path: p}}]{which}}}")
     code, told, found = ril("data-check", folder, "--config", tmp_path / "c.yaml")
     told = [line for line in told if line.startswith(("data ", "error: "))]
-    assert code == 2 and len(told) == 3
-    assert told[0] == f"data {folder}: no test.jsonl or test.parquet, which the config needs"
-    assert "line 3: question 2: its text holds a special token of the model" in told[1]
+    missing = ["test", "sft"] if tiny else ["test"]
+    assert code == 2 and len(told) == len(missing) + 2
+    for line, name in zip(told, missing, strict=False):
+        assert line == f"data {folder}: no {name}.jsonl or {name}.parquet, which the config needs"
+    assert "line 3: question 2: its text holds a special token of the model" in told[-2]
     lengths = found["files"]["train.jsonl"]["prompt_tokens"]
     assert 5 < lengths["min"] < lengths["max"] < 100 and found["files"]["train.jsonl"]["without_reference"] == 2
