@@ -1,4 +1,4 @@
-"""`python -m benchmarks list | run | kernels | report`."""
+"""`python -m benchmarks list | run | report`; `run gpu-static` compiles the Triton kernels and times nothing."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from ril_engine.errors import UserError, exit_code
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ROUNDS = 9
+GPU_STATIC = "gpu-static"
 
 
 def _device(name: str) -> str:
@@ -65,6 +66,8 @@ def _origin(arguments: argparse.Namespace, device: str) -> dict:
 def _run(arguments: argparse.Namespace) -> dict:
     if arguments.op == ["paper"]:
         return _paper(arguments)
+    if arguments.op == [GPU_STATIC]:
+        return _gpu_static(arguments)
     device = _device(arguments.device)
     if arguments.rounds < 1:
         raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
@@ -118,13 +121,19 @@ def _print_row(row: dict) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _kernels(arguments: argparse.Namespace) -> dict:
+def _gpu_static(arguments: argparse.Namespace) -> dict:
+    if arguments.case or arguments.candidate or arguments.full or arguments.rounds != ROUNDS:
+        raise UserError(
+            f"{GPU_STATIC} reports all kernels, untimed: leave out --case, --candidate, --full and --rounds"
+        )
     if find_spec("triton") is None:
-        raise UserError("kernels: Triton is not installed here; `pip install triton` brings the compiler, on Linux")
-    from benchmarks import kernels
+        raise UserError(
+            f"{GPU_STATIC}: Triton is not installed here; `pip install triton` brings the compiler, on Linux"
+        )
+    from benchmarks import gpu_static
 
     origin = _origin(arguments, "cpu")
-    rows = list(kernels.rows({name: origin[name] for name in ("time", "commit", "dirty", "command", "versions")}))
+    rows = list(gpu_static.rows({name: origin[name] for name in ("time", "commit", "dirty", "command", "versions")}))
     output = arguments.output or RESULTS / KERNELS
     output.unlink(missing_ok=True)  # a compiler repeats itself: the file is one commit's report, not a history
     runner.append(output, rows)
@@ -147,13 +156,11 @@ def main() -> int:
     paper.add_argument("--ablations", action="store_true", help="those of RIL with both teachers, too")
     paper.add_argument("--ranks", type=int, default=2)
     paper.add_argument("--work-dir", type=Path, default=Path("runs/paper"))
-    kernels = commands.add_parser("kernels", help="compile the Triton kernels for three GPUs: results/kernels.jsonl")
-    for each in (run, kernels):
-        each.add_argument("--output", type=Path, help="another JSONL file")
-        each.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
+    run.add_argument("--output", type=Path, help="another JSONL file")
+    run.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")
     listing = commands.add_parser("list", help="cases and candidates")
     for each in (run, listing):
-        each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all of them; or paper")
+        each.add_argument("op", nargs="*", help=f"of {', '.join(OPS)}; default: all of them; or paper, or {GPU_STATIC}")
         each.add_argument(
             "--case", action="append", default=[], metavar="PART", help="only cases whose name holds PART"
         )
@@ -168,7 +175,7 @@ def main() -> int:
         each.add_argument("--device", choices=("cpu", "cuda"), default=default)
     commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")
     arguments = parser.parse_args()
-    action = {"run": _run, "list": _list, "kernels": _kernels, "report": _report}[arguments.command]
+    action = {"run": _run, "list": _list, "report": _report}[arguments.command]
     return exit_code(lambda: action(arguments))
 
 

@@ -1,24 +1,28 @@
-"""Every Triton kernel compiled ahead of time for three GPU generations: what it needs of one. Runs without a GPU."""
+"""Triton kernels, compiled ahead of time for three GPU generations, without a GPU: ours in all their forms, and those
+of Liger that stand where ours do, as it launches them."""
 
 from __future__ import annotations
 
 import importlib
 import itertools
 import pkgutil
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 import ril_kernels
+from benchmarks.cases import MODELS, RESPONSE_LENGTH
 from ril_kernels.discriminator_head.fused import NORMS
 from ril_kernels.policy_loss.reference import ADVANTAGE_KINDS
+
+try:
+    from liger_kernel.ops import cross_entropy, grpo_loss, rms_norm
+except ImportError:
+    cross_entropy = None
 
 TARGETS = (80, 90, 100)  # compute capability: A100, H100, B200
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -42,9 +46,12 @@ ARGUMENTS = {
     "stride": "i64",
     **dict.fromkeys(("num_vocab", "num_hidden", "num_responses", "top_k", "flags"), "i32"),
 }
+# Strides and widths that are a multiple of 16 where rows are padded.
+WHOLE = ("stride", "num_hidden", "X_stride", "n_cols", *(f"{name}_row_stride" for name in ("X", "Y", "dX", "dY", "dW")))
 # The values that a launcher passes for a constant; for any other it passes its module's constant of that name.
 CHOICES = {"CAPPED": (False, True), "PADDED": (True, False), "KIND": ADVANTAGE_KINDS, "NORM": NORMS}
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# What training runs of them, in bfloat16.
+TRAINING = {"CAPPED": False, "PADDED": True, "KIND": "dr_grpo", "NORM": "rms"}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,9 @@ class Form:
     dtype: str
     constants: dict[str, object]
     num_warps: int
+    num_stages: int = 3  # Triton's default
+    arguments: Mapping[str, str] = field(default_factory=lambda: ARGUMENTS)
+    library: str = "ril_kernels"
 
     def __str__(self) -> str:
         choices = [f"{name}={value}" for name, value in self.constants.items() if name in CHOICES]
@@ -62,9 +72,9 @@ class Form:
 
     def compile(self, target: int) -> CompiledKernel:
         names = self.kernel.arg_names
-        types = {name: "constexpr" if name in self.constants else ARGUMENTS[name] for name in names}
+        types = {name: "constexpr" if name in self.constants else self.arguments[name] for name in names}
         types = {name: f"*{DTYPES[self.dtype]}" if each == VALUES else each for name, each in types.items()}
-        wide = ("stride", "num_hidden") if self.padded else ()
+        wide = WHOLE if self.padded else ()
         aligned = [name for name, each in types.items() if each[0] == "*" or name in wide]
         source = ASTSource(
             self.kernel,
@@ -72,12 +82,20 @@ class Form:
             constexprs={(names.index(name),): value for name, value in self.constants.items()},
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         )
-        return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": self.num_warps})
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
 
     @property
     def padded(self) -> bool:
         """Whether rows begin and end at a multiple of 16 elements, as every model's hidden states do."""
-        return bool(self.constants.get("PADDED", "num_hidden" in self.kernel.arg_names))
+        return bool(self.constants.get("PADDED", any(name in WHOLE for name in self.kernel.arg_names)))
+
+    @property
+    def trains(self) -> bool:
+        """Whether this is the form that training runs."""
+        usual = all(TRAINING.get(name, value) == value for name, value in self.constants.items())
+        varies = any(self.arguments.get(name) == VALUES for name in self.kernel.arg_names)
+        return usual and self.dtype == ("bfloat16" if varies else "float32")
 
 
 def forms() -> Iterator[Form]:
@@ -97,44 +115,49 @@ def forms() -> Iterator[Form]:
                 yield Form(kernel, dtype, dict(zip(constants, chosen, strict=True)), module.NUM_WARPS)
 
 
-def resources(compiled: CompiledKernel) -> dict:
-    """What cuobjdump and nvdisasm say of a kernel's machine code, and its shared memory."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage, code = (
-            subprocess.run([*command, path], check=True, capture_output=True, text=True).stdout
-            for command in ((TOOLS / "cuobjdump", "-res-usage"), (TOOLS / "nvdisasm",))
-        )
-    (used,) = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    registers, stack, local = map(int, used)
-    operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    return {
-        "registers": registers,
-        "spill_bytes": stack + local,
-        "shared_bytes": compiled.metadata.shared,  # dynamic: not in the machine code
-        "instructions": sum(operation != "NOP" for operation in operations),
-        "load_bits": _widths(operations, "LDG"),
-        "store_bits": _widths(operations, "STG"),
-    }
+# Liger's arguments, as ARGUMENTS; what it is not given is a constant.
+LIGER = {
+    **dict.fromkeys(("LOGITS", "DLOGITS", "X_ptr", "Y_ptr", "W_ptr", "dX_ptr", "dY_ptr"), VALUES),
+    **dict.fromkeys(
+        ("OLD_LOGP", "REF_LOGP", "ADVANTAGES", "LOSS", "DLOSS", "LSE", "KL", "IS_CLIPPED", "LOG_P"), "*fp32"
+    ),
+    **dict.fromkeys(("loss_ptr", "RSTD_ptr", "dW_ptr"), "*fp32"),
+    **dict.fromkeys(("INPUT_IDS", "COMPLETION_MASK", "MASK"), "*i64"),
+    **dict.fromkeys(WHOLE, "i32"),
+    **dict.fromkeys(("n_non_ignore", "sum_non_ignore_weight", "ignore_index", "n_rows", "rows_per_program"), "i32"),
+    **dict.fromkeys(("VLLM_IS_RATIO_STRIDE", "loss_stride0", "stride_input_ids_b", "stride_mask_b"), "i32"),
+    **dict.fromkeys(("token_accuracy_stride", "predicted_tokens_stride", "stride_mask_l"), "i32"),
+    **dict.fromkeys(("weight_sum", "eps", "offset"), "fp32"),
+}
 
 
-def _widths(operations: list[str], kind: str) -> list[int]:
-    """Bits that the global loads or stores move per thread, each width once: LDG.E.128 -> 128, LDG.E.U16 -> 16."""
-    found = {re.search(r"\.[US]?(8|16|64|128|256)\b", each) for each in operations if each.split(".")[0] == kind}
-    return sorted({int(width[1]) if width else 32 for width in found})
+def liger_forms() -> Iterator[Form]:
+    """The kernels of its fused linear cross-entropy, its GRPO loss and its RMSNorm in bfloat16, with the constants that
+    its launchers pass for a head of Qwen2.5-VL-3B. Its fused linear GRPO loss is torch.compile's, and has none."""
+    if cross_entropy is None:
+        return
+    hidden, vocab = MODELS["Qwen2.5-VL-3B"]
+    missing = ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
+    no = ("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT", "HAS_SOFTCAPPING")
+    loss = {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "none", "HAS_GRADIENTS": True}
+    loss |= {"Y_stride": 1, "loss_stride": 1, "BLOCK_SIZE": cross_entropy.MAX_FUSED_SIZE}
+    loss |= dict.fromkeys(missing) | dict.fromkeys(no, False)
+    yield _liger(cross_entropy.liger_cross_entropy_kernel, loss, 32, arguments={**LIGER, "Y_ptr": "*i64"})
+    shape = {"L": RESPONSE_LENGTH, "N": vocab, "TEMPERATURE": 1.0}
+    strides = {"stride_input_ids_l": 1, "MASK": None}
+    yield _liger(grpo_loss._selective_log_softmax_kernel, {**shape, **strides, "BLOCK_N": 2048}, 1, 4)
+    terms = {**shape, "BETA": 0.01, "EPS_LOW": 0.2, "EPS_HIGH": 0.2, "LOSS_TYPE": 0, "SAPO_TEMP_POS": 1.0}
+    terms |= {"SAPO_TEMP_NEG": 1.05, "DELTA": 0.0, "USE_BIAS_CORRECTION_KL": False, "VLLM_IS_RATIO": None}
+    terms |= {"PHI_SEQ": None}
+    yield _liger(grpo_loss._grpo_loss_fwd_kernel, {**terms, "BLOCK_N": 2048}, 1, 2)
+    yield _liger(grpo_loss._grpo_loss_bwd_kernel, {**terms, "loss_stride1": 1, "BLOCK_N": 4096}, 16, 1)
+    block, num_warps = rms_norm.calculate_settings(hidden)
+    norm = {"W_row_stride": 1, "RSTD_row_stride": 1, "casting_mode": rms_norm._CASTING_MODE_LLAMA.value}
+    norm |= {"elementwise_affine": True, "BLOCK_SIZE": block}
+    yield _liger(rms_norm._rms_norm_forward_kernel, norm, num_warps)
+    norm = {**norm, "X_dtype": tl.bfloat16, "COMPUTE_DW": True}
+    yield _liger(rms_norm._rms_norm_backward_kernel, norm, num_warps)
 
 
-def rows(origin: dict) -> Iterator[dict]:
-    """One row per kernel, dtype, choice and target."""
-    for form in forms():
-        for target in TARGETS:
-            yield {
-                "kernel": form.kernel.__name__,
-                "dtype": form.dtype,
-                "constants": form.constants,
-                "num_warps": form.num_warps,
-                "target": f"sm_{target}",
-                **resources(form.compile(target)),
-                **origin,
-            }
+def _liger(kernel, constants: dict, num_warps: int, num_stages: int = 3, arguments: Mapping[str, str] = LIGER) -> Form:
+    return Form(kernel, "bfloat16", constants, num_warps, num_stages, arguments, "liger-kernel")

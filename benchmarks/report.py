@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
+from collections.abc import Iterable
 from pathlib import Path
 
 from benchmarks.case import BACKWARD, BOTH, FORWARD, NO_GRAD
+from benchmarks.plot import plot_ratios
 from ril_engine.errors import UserError
 from ril_engine.runlog import read_jsonl
 
@@ -23,17 +26,27 @@ positions that a candidate computes, where candidates differ in it.
 KERNELS, PAPER = "kernels.jsonl", "paper.jsonl"  # with tables of their own
 KERNELS_HEAD = """## Triton kernels, compiled and not run
 
-By `python -m benchmarks kernels` at {commit}, triton {triton}; each cell is for {targets}.
-Bits are the widest global load and store of a thread. PADDED is what runs: rows of logits with a stride of whole 16
-elements.
+By `{command}` at {commit}, {versions}.
+What training runs, in bfloat16; for {targets}, or once where all are alike. Warps are those that live on a
+multiprocessor at once, of 64. Bytes, FLOPs and instructions are per element (a logit, or an entry of the hidden
+states): bytes and FLOPs by the kernel's definition, WORK in benchmarks/gpu_static.py, instructions of a thread by the
+machine code. The mix is of all instructions on {mix_target}; "other" is integers, moves and branches.
+{others}
 """
-RESOURCES = ("registers", "spill_bytes", "shared_bytes", "instructions", "load_bits", "store_bits")
+TIMES_HEAD = """### Least time in microseconds, {model}
+
+{sizes}; by each board's peak rates of memory, FLOPs and issued instructions,
+of which the one that binds is named. A roofline, no measurement: launches and latency are not in it.
+"""
+TIMES_OF = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")  # the rows have the others
+BOARDS = ("a100", "h100", "h200", "b200")
+RESOURCES = ("registers", "spill_bytes", "shared_bytes", "resident_warps")
 
 COLUMNS = ("candidate", NO_GRAD, "of floor", FORWARD, BACKWARD, BOTH, "of floor", "peak MiB", "commit")
 
 
 def write_results(folder: Path, path: Path) -> Path:
-    """Write the tables to `path`.
+    """Write the tables to `path`, and pictures beside it.
 
     Raises:
         UserError: no rows.
@@ -54,10 +67,13 @@ def write_results(folder: Path, path: Path) -> Path:
         newest_row = max(some, key=lambda row: row["time"])
         versions = ", ".join(f"{name} {number}" for name, number in newest_row["versions"].items())
         parts.append(f"## {device}, {newest_row['threads']} threads\n\n{versions}.\n")
+        picture = plot_ratios(some, path.parent)
+        if picture is not None:
+            parts.append(f"![ratios of the main cases]({picture.name})\n")
         for case in dict.fromkeys(row["case"] for row in some):
             parts.append(_table([row for row in some if row["case"] == case]))
     if (folder / KERNELS).exists():
-        parts.append(_kernel_table(read_jsonl(folder / KERNELS)))
+        parts += _kernel_tables(read_jsonl(folder / KERNELS))
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
 
@@ -97,25 +113,73 @@ def _table(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _kernel_table(rows: list[dict]) -> str:
-    """A line per kernel, dtype and choice of constants; what the targets need lies side by side."""
-    forms: dict[tuple, list[dict]] = {}
+def _kernel_tables(rows: list[dict]) -> list[str]:
+    """A line per kernel that training runs, with what the targets need side by side; then times, a table per model."""
+    made = [row for row in rows if "registers" in row]
+    ours = [row for row in made if row["library"] == "ril_kernels"]
+    peers = list(dict.fromkeys(row["library"] for row in made if row["library"] != "ril_kernels"))
+    versions = rows[0]["versions"]
+    absent = [] if peers else ["Liger was not installed."]
+    of_all = (
+        f"In all {len(ours)} of ours (every dtype, stride, choice and target) at most {_most(ours, 'registers')} "
+        f"registers and {_most(ours, 'spill_bytes')} spilled bytes."
+    )
+    targets = list(dict.fromkeys(row["target"] for row in made))
+    mix_target = targets[len(targets) // 2]
+    head = KERNELS_HEAD.format(
+        command=rows[0]["command"],
+        commit=rows[0]["commit"][:9] + (" + changes" if rows[0]["dirty"] else ""),
+        versions=", ".join(f"{name} {versions[name]}" for name in ("triton", *peers)),
+        targets=" / ".join(targets),
+        mix_target=mix_target,
+        others="\n".join([of_all, *absent, "cut-cross-entropy's kernels are not compiled here."]),
+    )
+    columns = ["kernel", *(name.replace("_", " ") for name in RESOURCES), "bytes", "FLOPs", "instructions", "mix"]
+    lines = [head, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    kernels = _grouped(row for row in made if row["trains"])
+    for name, each in kernels.items():
+        cells = [name, *(_alike([row[key] for row in each]) for key in RESOURCES)]
+        first = each[0]
+        cells += [f"{first[key]}" if key in first else "" for key in ("bytes_per_element", "flops_per_element")]
+        cells.append(_alike([round(row["instructions_per_element"]) for row in each if "least_us" in row]))
+        cells.append(", ".join(_mix(row) for row in each if row["target"] == mix_target))
+        lines.append(f"| {' | '.join(cells)} |")
+    timed = _grouped(row for row in rows if "least_us" in row)
+    models = [model for model in TIMES_OF if all(model in row["least_us"] for each in timed.values() for row in each)]
+    return ["\n".join(lines) + "\n", *(_times(model, timed, rows[0]["sizes"]) for model in models)]
+
+
+def _grouped(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    kernels: dict[str, list[dict]] = {}
     for row in rows:
-        choices = " ".join(f"{name}={value}" for name, value in row["constants"].items())
-        forms.setdefault((row["kernel"], row["dtype"], choices), []).append(row)
-    targets = ", ".join(dict.fromkeys(row["target"] for row in rows))
-    commit = rows[0]["commit"][:9] + (" + changes" if rows[0]["dirty"] else "")
-    origin = {"commit": commit, "triton": rows[0]["versions"]["triton"], "targets": targets}
+        kernels.setdefault(f"{row['library']}: {row['kernel']}", []).append(row)
+    return kernels
+
+
+def _alike(values: list[int]) -> str:
+    return " / ".join(str(value) for value in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _most(rows: list[dict], key: str) -> int:
+    return max(row[key] for row in rows)
+
+
+def _mix(row: dict) -> str:
+    """Classes with at least a hundredth of the instructions, most first."""
+    shares = {kind: count / row["instructions"] for kind, count in row["mix"].items()}
+    most = sorted(shares, key=shares.get, reverse=True)
+    return ", ".join(f"{kind} {shares[kind]:.0%}" for kind in most if shares[kind] >= 0.01)
+
+
+def _times(model: str, kernels: dict[str, list[dict]], sizes: str) -> str:
+    by_board = {name: dict(ChainMap(*(row["least_us"][model] for row in each))) for name, each in kernels.items()}
+    boards = sorted(next(iter(by_board.values())), key=BOARDS.index)
     lines = [
-        KERNELS_HEAD.format(**origin),
-        f"| kernel | dtype | constants | {' | '.join(name.replace('_', ' ') for name in RESOURCES)} |",
-        f"|{'---|' * (3 + len(RESOURCES))}",
+        TIMES_HEAD.format(model=model, sizes=sizes),
+        f"| kernel | {' | '.join(board.upper() for board in boards)} |",
+        f"|{'---|' * (1 + len(boards))}",
     ]
-    for form, each in forms.items():
-        cells = [" / ".join(str(_widest(row[name])) for row in each) for name in RESOURCES]
-        lines.append(f"| {' | '.join([*form, *cells])} |")
+    for name, times in by_board.items():
+        cells = [f"{us:.{0 if us >= 10 else 1}f} {limit}" for us, limit in (times[board] for board in boards)]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines) + "\n"
-
-
-def _widest(value: int | list[int]) -> int:
-    return max(value) if isinstance(value, list) else value

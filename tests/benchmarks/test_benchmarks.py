@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import kernels, runner
+from benchmarks import runner
 from benchmarks.cases import all_cases, group_advantages_case, token_logprob_case
 from benchmarks.report import write_results
 from ril_engine.errors import UserError
@@ -173,30 +173,6 @@ def test_the_table_holds_the_newest_row_and_says_what_never_ran(tmp_path):
         write_results(tmp_path / "none", tmp_path / "RESULTS.md")
 
 
-def test_kernels_are_reported_without_a_gpu(tmp_path, monkeypatch, capsys):
-    chosen = {}
-    for form in kernels.forms():
-        chosen.setdefault(form.kernel.__name__, form)
-    monkeypatch.setattr(kernels, "forms", lambda: chosen.values())
-    output = tmp_path / "kernels.jsonl"
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "kernels", "--allow-dirty", "--output", str(output)])
-    for _ in range(2):  # the second report takes the place of the first
-        assert command.main() == 0
-        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"rows": 18, "output": str(output)}
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
-    assert [(row["kernel"], row["target"]) for row in rows] == list(product(chosen, ("sm_80", "sm_90", "sm_100")))
-    for row in rows:
-        assert row["spill_bytes"] == 0 and 16 <= row["registers"] <= 255 and row["instructions"] > 100
-        assert len(row["commit"]) == 40 and row["versions"]["triton"] and "device" not in row
-    origin = runner.provenance("cpu", "a" * 40, False)
-    runner.append(tmp_path / "cpu.jsonl", runner.rows_of(small(), {("reference", "both"): NUMBERS}, 3, origin))
-    text = write_results(tmp_path, tmp_path / "RESULTS.md").read_text()
-    grad = [row for row in rows if row["kernel"] == "logits_grad_kernel"]
-    registers = " / ".join(str(row["registers"]) for row in grad)
-    line = next(line for line in text.splitlines() if line.startswith("| logits_grad_kernel | float32 |"))
-    assert f"| {registers} | 0 / 0 / 0 |" in line and line.endswith("| 128 / 128 / 128 | 128 / 128 / 128 |")
-
-
 def test_share_of_a_gpus_peak(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     case = small()
@@ -225,7 +201,16 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
     ("arguments", "state", "message"),
     [
         (["run"], ("a" * 40, True), "error: the working tree differs from its commit"),
-        (["kernels"], ("a" * 40, False), "error: kernels: Triton is not installed here; `pip install triton` brings"),
+        (
+            ["run", "gpu-static"],
+            ("a" * 40, False),
+            "error: gpu-static: Triton is not installed here; `pip install",
+        ),
+        (
+            ["run", "gpu-static", "--full"],
+            ("a" * 40, False),
+            "error: gpu-static reports all kernels, untimed: leave",
+        ),
         (["run", "--rounds", "0"], ("a" * 40, False), "error: --rounds 0: expected 1 or more; 9 is usual"),
         (["run", "--case", "nobody"], ("a" * 40, False), "error: --case nobody: no such case; `python -m benchmarks"),
         (

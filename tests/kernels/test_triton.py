@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.kernels import TARGETS, forms, resources
+from benchmarks.kernels import TARGETS, forms
+from benchmarks.sass import resources
 
 kernels = importlib.import_module("ril_kernels.token_logprob.triton")
 
