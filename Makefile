@@ -20,8 +20,8 @@ $(VENV)/.locked: requirements.lock requirements.peers.txt
 
 $(STAMP): $(VENV)/.locked $(NATIVE)
 	$(BIN)/pip install --no-build-isolation --no-deps -e .
-	@echo "DeepSpeed compiles one small op at its first start on a CPU: up to three minutes, once."
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "from ril_engine.engine import init_distributed; init_distributed()"
+	@echo "DeepSpeed compiles three small ops for the CPU: up to eight minutes, once."
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -c "from ril_engine.engine import compile_ops; compile_ops()"
 	touch $@
 
 train: setup

@@ -22,7 +22,7 @@ from ril_engine.discriminator import (
     encode_for_discriminator,
     new_discriminator,
 )
-from ril_engine.engine import Engine, device
+from ril_engine.engine import Engine, device, freeze, rest, training_dtype, wake
 from ril_engine.errors import UserError
 from ril_engine.health import accuracy, auc, health
 from ril_engine.packing import micro_batches, shared_tokens
@@ -53,8 +53,8 @@ class Adversary:
     """D, and the engine that trains it, if any. All ranks call each method, with the same responses."""
 
     def __init__(self, config: Config, module: Discriminator, tokenizer, engine: Engine | None = None):
-        self.settings, self.rl = config.discriminator, config.rl
-        self.module, self.tokenizer, self.engine = module.to(device()), tokenizer, engine
+        self.settings, self.rl, self.deepspeed = config.discriminator, config.rl, config.deepspeed
+        self.module, self.tokenizer, self.engine = module, tokenizer, engine
 
     @classmethod
     def pretrained(cls, config: Config, student: ModelConfig, folder: Path) -> Adversary:
@@ -62,13 +62,29 @@ class Adversary:
         from safetensors.torch import load_file
 
         settings, rl = config.discriminator, config.rl
-        module, tokenizer = new_discriminator(student, rl.packing, settings.temperature, device())
+        dtype = training_dtype(config.deepspeed)
+        module, tokenizer = new_discriminator(student, rl.packing, settings.temperature, device(), dtype)
         module.load_state_dict(load_file(folder / WEIGHTS))
         if settings.use == "fixed":
-            return cls(config, module.requires_grad_(False).eval(), tokenizer)
+            freeze(module, config.deepspeed)
+            return cls(config, module, tokenizer)
         rates = settings.model_dump(include={"learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"})
         engine = Engine(module, config=config.deepspeed, steps=rl.steps * rl.updates_per_step, **rates)
         return cls(config, module, tokenizer, engine)
+
+    def wake(self) -> None:
+        """Before it is used, where it was at rest."""
+        if self.engine is not None:
+            self.engine.wake()
+        else:
+            wake(self.module, self.deepspeed)
+
+    def rest(self) -> None:
+        """With offload_idle: it waits on the host."""
+        if self.engine is not None:
+            self.engine.rest()
+        else:
+            rest(self.module, self.deepspeed)
 
     def encode(self, texts: list[str]) -> list[MicroBatch]:
         """This rank's micro-batches, of which every rank has as many. One without any response (they are too few for
@@ -237,9 +253,11 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
     settings, every = config.discriminator.pretrain, config.discriminator.pretrain.validate_every
     training, held = by_question(responses, config.discriminator.validation_share)
     weights = {each.name: each.weight for each in config.teachers}
-    module, tokenizer = new_discriminator(student, config.rl.packing, config.discriminator.temperature, device())
+    dtype, temperature = training_dtype(config.deepspeed), config.discriminator.temperature
+    module, tokenizer = new_discriminator(student, config.rl.packing, temperature, device(), dtype)
     rates = settings.model_dump(exclude={"batch_size", "validate_every", "patience"})
-    adversary = Adversary(config, module, tokenizer, Engine(module, config=config.deepspeed, **rates))
+    engine = Engine(module, config=config.deepspeed, **rates)
+    adversary = Adversary(config, module, tokenizer, engine)
     held_out = HeldOut(adversary, held)
     looks = {*range(every, settings.steps, every), settings.steps}
     main, history, best, state = dist.get_rank() == 0, [], None, {}
@@ -259,8 +277,9 @@ def pretrain(config: Config, student: ModelConfig, responses: dict[str, list[dic
             found = (history[-1]["accuracy"], history[-1]["auc"])
             if best is None or found > (best["accuracy"], best["auc"]):
                 best = history[-1]
-                if main:
-                    state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+                with engine.gathered():
+                    if main:
+                        state = {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
             if len(history) - history.index(best) > settings.patience:
                 break
     if main:

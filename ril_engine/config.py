@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -347,9 +348,86 @@ class RLConfig(Section):
     samples_every: Count = Field(20, description="steps between the sample answers kept for the report")
 
 
+# What `deepspeed.extra` may hold, and what of it the engine writes itself -> the setting to use instead.
+EXTRA = (
+    *("aio", "bf16", "checkpoint", "comms_logger", "communication_data_type", "data_types", "dump_state"),
+    *("flops_profiler", "gradient_predivide_factor", "memory_breakdown", "prescale_gradients"),
+    *("wall_clock_breakdown", "zero_optimization"),
+)
+OWN = {
+    "train_batch_size": "rl.questions_per_step",
+    "train_micro_batch_size_per_gpu": "rl.micro_batch_tokens",
+    "gradient_accumulation_steps": "rl.micro_batch_tokens",
+    "gradient_clipping": "max_grad_norm of rl, sft or discriminator",
+    "optimizer": "learning_rate and weight_decay of rl, sft or discriminator",
+    "scheduler": "learning_rate and warmup_steps of rl, sft or discriminator",
+    "fp16": "deepspeed.bf16",
+    "bf16.enabled": "deepspeed.bf16",
+    "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
+    "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
+}
+
+
 class DeepSpeedConfig(Section):
-    zero_stage: Literal[0, 1, 2] = 0
-    bf16: bool = False
+    """Of the student's engine and of D's, in all stages."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0, description="what is divided among the ranks: 1 AdamW's states, 2 gradients too, 3 parameters too"
+    )
+    bf16: bool = Field(False, description="forwards read bf16 weights; AdamW updates float32 ones")
+    gradient_checkpointing: bool = Field(
+        False, description="keep what enters a layer, and compute the rest of it again in the backward"
+    )
+    offload_optimizer: bool = Field(
+        False, description="AdamW's states and its work on the host, by DeepSpeed's CPU Adam; zero_stage 1, 2 or 3"
+    )
+    offload_parameters: bool = Field(
+        False, description="parameters on the host until a forward or backward reads them; zero_stage 3"
+    )
+    offload_idle: bool = Field(
+        False,
+        description="whichever of student, D and reference idles in a step of the loop waits on the host, but for the "
+        "weights that the student samples with; zero_stage 1, 2 or 3",
+    )
+    extra: dict[str, Any] = Field(
+        default_factory=dict,
+        description="further settings of DeepSpeed, by its names, such as {zero_optimization: {overlap_comm: false}}",
+    )
+
+    @model_validator(mode="after")
+    def _possible(self):
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer is true with zero_stage 0, expected 1, 2 or 3: set zero_stage: 1")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(
+                f"offload_parameters is true with zero_stage {self.zero_stage}, expected 3: set zero_stage: 3"
+            )
+        if self.offload_idle and self.zero_stage == 0:
+            raise ValueError("offload_idle is true with zero_stage 0, expected 1, 2 or 3: set zero_stage: 1")
+        if self.offload_idle and self.bf16 and self.zero_stage == 1:
+            raise ValueError("offload_idle is true with bf16 and zero_stage 1, expected 2 or 3: set zero_stage: 2")
+        for name in ("offload_optimizer", "offload_parameters"):
+            if self.offload_idle and getattr(self, name):
+                raise ValueError(f"offload_idle and {name} are both true, and DeepSpeed has one at a time: remove one")
+        return self
+
+    @field_validator("extra")
+    @classmethod
+    def _not_its_own(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        for path, setting in OWN.items():
+            found, *keys = [extra, *path.split(".")]
+            for key in keys:
+                found = found.get(key) if isinstance(found, dict) else None
+            if found is not None:
+                raise ValueError(f"{path} is {found!r}, but this engine writes it: set {setting} instead")
+        for key, value in extra.items():
+            if key in ("bf16", "zero_optimization") and not isinstance(value, dict):
+                raise ValueError(f"{key} is {value!r}, expected a mapping of DeepSpeed's settings: write it as one")
+            if key not in EXTRA:
+                (near,) = difflib.get_close_matches(str(key), EXTRA, n=1, cutoff=0)
+                raise ValueError(f"unknown key {key}: did you mean {near!r}? (valid: {', '.join(EXTRA)})")
+        return extra
 
 
 class PlanConfig(Section):

@@ -70,7 +70,11 @@ class Discriminator(nn.Module):
 
 
 def new_discriminator(
-    student: ModelConfig, packing: str = "padded", temperature: float = 1.0, device: torch.device = CPU
+    student: ModelConfig,
+    packing: str = "padded",
+    temperature: float = 1.0,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
 ):
     """D as it starts: the student's language model, made to read packs, and a zero score; and the student's tokenizer.
     It is on the CPU, ready to be moved to `device`.
@@ -80,7 +84,7 @@ def new_discriminator(
     """
     from transformers import AutoTokenizer
 
-    decoder = load_decoder(student)
+    decoder = load_decoder(student, dtype)
     module = Discriminator(decoder, temperature)  # looks at its norm here, on the CPU, where Liger's cannot run
     adapt(decoder, packing, device)
     tokenizer = AutoTokenizer.from_pretrained(student.path, trust_remote_code=student.trust_remote_code)

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import set_seed
 
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config
-from ril_engine.engine import Engine, device
+from ril_engine.engine import Engine, device, freeze, rest, training_dtype, wake
 from ril_engine.errors import OutsideError, UserError
 from ril_engine.families import adapt, language_model
 from ril_engine.lora import add_adapters, without
@@ -46,9 +47,9 @@ class Loop:
         # Where ranks meet after a rollout: a judge's server may be slow on one of them for longer than others wait.
         self.meeting = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         start = config.student.model_copy(update={"path": student_path})
-        model, processor = load(start)
+        model, processor = load(start, training_dtype(config.deepspeed))
         if not rl.train_vision_tower:
-            model.model.get_submodule(_vision_name(model)).requires_grad_(False)
+            _tower(model).requires_grad_(False)
         adapt(language_model(model), rl.packing, device())
         adapters = None if rl.lora is None else add_adapters(model, rl.lora, seed_of(config.seed, 5) % 2**32)
         self.policy = Policy(model)
@@ -60,6 +61,8 @@ class Loop:
             config=config.deepspeed,
             steps=rl.steps * rl.updates_per_step,
             save_frozen=rl.lora is None,
+            whole=None if rl.train_vision_tower else _tower(model),
+            sampled=True,
             **{name: getattr(rl, name) for name in ("learning_rate", "final_learning_rate", "warmup_steps")},
             **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
         )
@@ -69,11 +72,15 @@ class Loop:
         self.adversary = None if d_path is None else Adversary.pretrained(config, start, d_path)
         if self.adversary is not None and self.adversary.engine is not None:
             self.engines["discriminator"] = self.adversary.engine
+            self.adversary.rest()
+        self.student.rest()
 
     def _reference(self, adapters) -> Callable[[Batch], torch.Tensor]:
         """Log-probs of the policy as RIL starts: of the student without its adapters, or of a copy of it."""
         if adapters is None:
-            return copy.deepcopy(self.policy).requires_grad_(False).eval().to(device())
+            reference = copy.deepcopy(self.policy)
+            freeze(reference, self.config.deepspeed, whole=_tower(reference.model))
+            return reference
 
         def reference(batch: Batch) -> torch.Tensor:
             self.policy.eval()
@@ -90,7 +97,8 @@ class Loop:
             chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
             return [each for some in chosen for each in some]
         self.policy.eval()
-        drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
+        with self.student.gathered():
+            drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
         responses = []
         for slot, (number, row), own in zip(slots, questions, drawn, strict=True):
             for each in own:
@@ -182,9 +190,15 @@ class Loop:
                 settings |= {"sampler_logprobs": to_device(sampler, device()), "importance_cap": rl.importance_cap}
             prepared.append((batch, settings, sampler))
         if self.reference is not None:
+            copied = isinstance(self.reference, Policy)
+            if copied:
+                wake(self.reference, self.config.deepspeed)
             with timer.phase("reference"), torch.no_grad():
                 for batch, settings, _ in prepared:
                     settings["reference_logprobs"] = self.reference(batch)
+            if copied:
+                rest(self.reference, self.config.deepspeed)
+        self.student.wake()
         self.policy.train()
         out: dict[str, Metric] = {}
         skipped = 0  # updates
@@ -211,6 +225,7 @@ class Loop:
             out["loss/policy"] *= self.world
             out |= {"grad_norm/student": norms["grad_norm"], "learning_rate": norms["learning_rate"]}
             out["skipped/student"] = float(skipped)
+        self.student.rest()
         return out
 
     def _of_all_ranks(self, values: list) -> list:
@@ -241,7 +256,9 @@ class Loop:
         metrics: dict[str, Metric] = {}
         if self.adversary is not None:
             with timer.phase("discriminator"):
+                self.adversary.wake()
                 metrics |= self.adversary.update(responses)
+                self.adversary.rest()
         advantages = self.advantages(responses)
         for each, advantage in zip(responses, advantages.tolist(), strict=True):
             each["advantage"] = advantage
@@ -271,8 +288,9 @@ def _means(losses: list[torch.Tensor], records: list) -> dict[str, Metric]:
     return out | ({} if records[0].kl is None else {"kl": mean("kl", "num_kl_tokens")})
 
 
-def _vision_name(model) -> str:
-    return next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
+def _tower(model) -> nn.Module:
+    name = next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
+    return model.model.get_submodule(name)
 
 
 def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metric]:

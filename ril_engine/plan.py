@@ -57,9 +57,8 @@ class Plan:
         self.teachers = rl.algorithm in ("ril", "sft")
         self.samples = rl.algorithm != "sft"
         self.model = fake_model(self.hf_config, ledger, self.dtype)
-        # Loop copies the reference before DeepSpeed casts the student
         referenced = rl.beta > 0 and rl.algorithm != "sft"
-        self.reference = fake_model(self.hf_config, ledger, torch.float32) if referenced else None
+        self.reference = fake_model(self.hf_config, ledger, self.dtype) if referenced else None
         adversarial = rl.algorithm == "ril" and config.discriminator.use != "none"
         self.judged = self._discriminator() if adversarial else None
         self.decoders = [language_model(each) for each in (self.model, self.reference) if each is not None]

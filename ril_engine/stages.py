@@ -20,10 +20,11 @@ import ril_kernels
 from ril_engine import __version__, digits, tiny_models
 from ril_engine.adversary import pretrain
 from ril_engine.config import Config, ModelConfig, TeacherConfig, TrainingConfig
-from ril_engine.engine import Engine, device
+from ril_engine.engine import Engine, device, training_dtype
 from ril_engine.errors import UserError, require_free_disk
 from ril_engine.locks import held
 from ril_engine.models import Encoder, load
+from ril_engine.placement import to_device
 from ril_engine.policy import Policy
 from ril_engine.questions import SPLITS, data_files, read_jsonl, require_images, training_questions
 from ril_engine.runlog import Skipped, progress, warn
@@ -224,7 +225,7 @@ def train_supervised(
             tiny_models.build(out, start.path, [instruction, "<response></response>"], config.data.digits.seed)
         barrier()
         start = start.model_copy(update={"path": str(out)})
-    model, processor = load(start)
+    model, processor = load(start, training_dtype(config.deepspeed))
     rows = read_jsonl(data_dir / file, ("id", "question", "response"))
     encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
     engine = Engine(Policy(model.train()), config=config.deepspeed, **_rates(settings))
@@ -236,17 +237,26 @@ def train_supervised(
             picks = torch.randint(len(rows), (settings.batch_size,), generator=generator).tolist()
             responses = [encoder.response(rows[i]["response"]) for i in picks]
             tokens = sum(map(len, responses))
-            mine = list(range(rank, settings.batch_size, world))
-            chunks = [mine[i : i + settings.micro_batch_size] for i in range(0, len(mine), settings.micro_batch_size)]
-            for chunk in chunks:
-                batch = encoder.batch([rows[picks[i]] for i in chunk], [responses[i] for i in chunk])
-                loss = -engine(batch.to(device())).sum() / tokens
-                engine.backward(loss, last=chunk is chunks[-1])
+            count = settings.micro_batch_size * world
+            for start in range(0, settings.batch_size, count):
+                every = range(start, min(start + count, settings.batch_size))  # over all ranks
+                mine = every[rank::world]
+                # All ranks run the model as often, and its vision tower, too, since with ZeRO they wait for one
+                # another: examples that do not count stand in.
+                some = list(mine) or [start]
+                pictured = [i for i in every if rows[picks[i]].get("image")]
+                if pictured and not set(pictured) & set(some):
+                    some.append(pictured[0])
+                batch = encoder.batch([rows[picks[i]] for i in some], [responses[i] for i in some])
+                counts = batch.response_index < len(mine)
+                loss = -(engine(batch.to(device())) * to_device(counts, device())).sum() / tokens
+                engine.backward(loss, last=start + count >= settings.batch_size)
             skipped(step + 1, engine.step()["grad_norm"])
             advance(1)
-    if is_main():
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
+    with engine.gathered():
+        if is_main():
+            model.save_pretrained(out)
+            processor.save_pretrained(out)
 
 
 def _rates(settings: TrainingConfig) -> dict:

@@ -195,9 +195,10 @@ def _train(config: Config, which: JudgeConfig, settings: TrainingConfig, out: Pa
                 engine.backward(loss / len(data), last=number == len(planned))
             engine.step()
             advance(1)
-    if stages.is_main():
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
+    with engine.gathered():
+        if stages.is_main():
+            model.save_pretrained(out)
+            tokenizer.save_pretrained(out)
 
 
 def _digits(number: str) -> list[int]:

@@ -22,9 +22,10 @@ from ril_engine import checkpoints, stages
 from ril_engine.cli import add_run_arguments
 from ril_engine.config import Config
 from ril_engine.config_file import load_config
-from ril_engine.engine import init_distributed
+from ril_engine.engine import init_distributed, to_deepspeed
 from ril_engine.errors import OutsideError, UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
+from ril_engine.families import language_model
 from ril_engine.locks import held
 from ril_engine.loop import Loop, average, scheduled
 from ril_engine.lora import merged
@@ -71,6 +72,7 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
     if rl.packing != "padded":
         require_packable_student(config.student)
     require_rewards(config)
+    to_deepspeed(config.deepspeed, rl.max_grad_norm)  # refuses what DeepSpeed does not take
     if resume:
         _claim(resume, claims)
         checkpoints.require_unfinished(resume)  # it may have ended just now
@@ -82,10 +84,14 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
     student_path, rows, saved, d_path = prepare(trained, data_dir, data_key)
 
     loop = Loop(trained, data_dir, student_path, saved, d_path)
+    _require_alike(config, loop.policy.model, rows)
     run_dir = resume or _new_run(config, claims)
     done, about = checkpoints.load(checkpoint, loop.engines) if resume else (0, {})
     judged, best = (config, loop.policy.model, loop.encoder), checkpoints.best(run_dir)
-    before = about.get("before") or evaluate(*judged, test, "evaluation before", run_dir / "evaluation_before.jsonl")
+    before = about.get("before")
+    if before is None:
+        with loop.student.gathered():
+            before = evaluate(*judged, test, "evaluation before", run_dir / "evaluation_before.jsonl")
     timer, stopped, skipped = PhaseTimer(), None, 0
 
     def keep(step: int, seen: dict | None = None) -> None:
@@ -112,7 +118,7 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
             metrics["tokens_per_second"] = tokens / seconds["step"]
             watched.step(seconds, tokens)
             if rl.evaluate_every and (step + 1) % rl.evaluate_every == 0:
-                with timer.phase("validation"):
+                with timer.phase("validation"), loop.student.gathered():
                     seen = evaluate(*judged, validation, f"validation after step {step + 1}")
                 metrics |= {f"validation/{way}": seen[way] for way in ("greedy", "sampled")}
             log.step(step + 1, metrics, seconds)
@@ -147,7 +153,8 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
             f"or gradient was not finite; their questions are in {run_dir / 'skipped.jsonl'}; lower the learning rate "
             f"or look at these questions; --resume {run_dir} goes on after step {step + 1}"
         )
-    after = evaluate(*judged, test, "evaluation after", run_dir / "evaluation_after.jsonl")
+    with loop.student.gathered():
+        after = evaluate(*judged, test, "evaluation after", run_dir / "evaluation_after.jsonl")
     if rank == 0:
         require_free_disk(config.work_dir, config.min_free_disk_gib)
     result = {
@@ -165,14 +172,31 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
     }
     if best is not None:
         result["best"] = {"checkpoint": best[0].name, "validation": best[1]}
+    with loop.student.gathered():
+        if rank == 0:
+            loop.policy.model.save_pretrained(run_dir / "student", state_dict=merged(loop.policy.model))
     if rank == 0:
-        loop.policy.model.save_pretrained(run_dir / "student", state_dict=merged(loop.policy.model))
         loop.encoder.processor.save_pretrained(run_dir / "student")
         (run_dir / "result.tmp").write_text(json.dumps(result, indent=1))
         os.replace(run_dir / "result.tmp", run_dir / "result.json")  # what says that the run has ended is whole
         write_report(run_dir, data_dir)
         accuracy_table(before, after)
     return result
+
+
+def _require_alike(config: Config, model, rows: list[dict]) -> None:
+    """With ZeRO ranks wait for one another's gradients, so what reads pictures is trained on all of them or on none."""
+    decoder = {id(each) for each in language_model(model).parameters()}
+    trained = [
+        name for name, each in model.base_model.named_parameters() if each.requires_grad and id(each) not in decoder
+    ]
+    pictured = sum(bool(row.get("image")) for row in rows)
+    if config.deepspeed.zero_stage and trained and 0 < pictured < len(rows):
+        raise UserError(
+            f"deepspeed.zero_stage is {config.deepspeed.zero_stage}, and {pictured} of {len(rows)} questions have a "
+            f"picture, expected all or none of them where {trained[0].split('.')[0]} is trained: set "
+            "deepspeed.zero_stage: 0, or rl.train_vision_tower: false if it is true"
+        )
 
 
 def _claim(run_dir: Path, claims: ExitStack) -> None:

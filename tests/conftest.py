@@ -24,8 +24,8 @@ LONGEST = (
     "test_triton",
     "test_plan",
     "test_benchmarks",
+    "test_ranks",
     "test_loop",
-    "test_zero3",
     "test_packed_forward",
 )
 

@@ -79,7 +79,7 @@ class Rollout:
         self.device = self.head.weight.device
         self.buckets = (BUCKETS if self.device.type == "cuda" else ()) if buckets is None else buckets
         self.axes = () if encoder.rope_index is None else (3,)  # of a position
-        self.vocabulary = len(self.head.weight)
+        self.vocabulary = self.head.out_features  # of its weight ZeRO-3 leaves no rows here
         self.banned = self._to(token_bits(torch.tensor(encoder.banned_ids), self.vocabulary))
         self.graphs = Graphs()
         self.seconds: Counter[str] = Counter()

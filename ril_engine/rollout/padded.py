@@ -73,7 +73,7 @@ class _Draw:
         self.device, self.prompt_length = rollout.model.device, inputs["input_ids"].shape[1]
         self.padding = inputs["attention_mask"] == 0  # (B, S)
         self.settings = draw_settings(rollout.sampling, greedy)
-        vocabulary = len(rollout.model.lm_head.weight)
+        vocabulary = rollout.model.lm_head.out_features
         self.banned = token_bits(torch.tensor(rollout.encoder.banned_ids), vocabulary).to(self.device)
         self.seed = torch.tensor(seed, device=self.device)
         self.question, self.sample = torch.tensor([(number, i) for number, _, i in part], device=self.device).T

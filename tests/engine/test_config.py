@@ -232,6 +232,47 @@ def test_defaults_are_the_papers(write):
             GOOD + "discriminator: {pretrain: {patienc: 1}}",
             "unknown key discriminator.pretrain.patienc: did you mean 'patience'",
         ),
+        *(
+            (GOOD + f"deepspeed: {{{settings}}}", rf"deepspeed(\.extra)?: {message}")
+            for settings, message in (
+                (
+                    "offload_optimizer: true",
+                    "offload_optimizer is true with zero_stage 0, expected 1, 2 or 3: set zero",
+                ),
+                (
+                    "zero_stage: 2, offload_parameters: true",
+                    "offload_parameters is true with zero_stage 2, expected 3: ",
+                ),
+                ("offload_idle: true", "offload_idle is true with zero_stage 0, expected 1, 2 or 3: set zero_stage: 1"),
+                (
+                    "zero_stage: 1, bf16: true, offload_idle: true",
+                    "offload_idle is true with bf16 and zero_stage 1, exp",
+                ),
+                (
+                    "zero_stage: 3, offload_idle: true, offload_parameters: true",
+                    "offload_idle and offload_parameters are",
+                ),
+                (
+                    "zero_stage: 2, offload_idle: true, offload_optimizer: true",
+                    "offload_idle and offload_optimizer are b",
+                ),
+                ("extra: {zero_optimisation: {}}", "unknown key zero_optimisation: did you mean 'zero_optimization'"),
+                (
+                    "extra: {zero_optimization: {stage: 3}}",
+                    "zero_optimization.stage is 3, but this engine writes it: set d",
+                ),
+                ("extra: {bf16: {enabled: true}}", "bf16.enabled is True, .*: set deepspeed.bf16 instead"),
+                (
+                    "extra: {optimizer: {type: Lamb}}",
+                    "optimizer is {'type': 'Lamb'}, .*: set learning_rate and weight_d",
+                ),
+                (
+                    "extra: {zero_optimization: true}",
+                    "zero_optimization is True, expected a mapping of DeepSpeed's set",
+                ),
+                ("extra: 3", "Input should be a valid dictionary, got 3"),
+            )
+        ),
         ("rl: {algorithm: grpo, group_size: 1}", "grpo needs at least 2 responses per question"),
     ],
 )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from ril_engine import tiny_models
@@ -63,6 +64,57 @@ def test_a_resumed_run_ends_as_the_whole_one(finished, tmp_path):
     assert resumed["evaluation"] == first["evaluation"] and resumed["run_dir"] == str(stopped)
     answers = [(Path(result["run_dir"]) / "evaluation_after.jsonl").read_text() for result in (first, resumed)]
     assert answers[0] == answers[1] and answers[0].count("greedy_text") == 9
+
+
+@pytest.mark.distributed
+def test_zero_3_trains_resumes_and_ends_with_a_whole_student(finished, tmp_path):
+    """All stages anew: SFT and D are sharded, too. Nothing is small enough to stay whole on each rank."""
+    from transformers import AutoModelForImageTextToText
+
+    sharded = "deepspeed.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"
+    settings = ["deepspeed.zero_stage=3", sharded, f"work_dir={tmp_path}"]
+    result = last_json(run("--config", finished[0], *(part for each in settings for part in ("--set", each)), ranks=2))
+    for one, two in zip(metrics(result), metrics(finished[2]), strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+    student = AutoModelForImageTextToText.from_pretrained(result["student"]).state_dict()
+    expected = AutoModelForImageTextToText.from_pretrained(finished[2]["student"]).state_dict()
+    (start,) = (
+        AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in tmp_path.glob("stages/sft-*")
+    )
+    assert student.keys() == expected.keys()
+    assert any((student[name] - start[name]).abs().max() > 1e-4 for name in student)
+    for name in student:
+        # 2 % of learning rate times steps, of SFT and of the loop
+        torch.testing.assert_close(student[name], expected[name], atol=0.02 * (2 * 2e-3 + 4 * 1e-4), rtol=0)
+    run_dir = Path(result["run_dir"])
+    (run_dir / "result.json").unlink()  # as if it had died in step 2
+    shutil.rmtree(run_dir / "checkpoints" / "step-000002")
+    shutil.rmtree(run_dir / "student")
+    (run_dir / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    (run_dir / "metrics.jsonl").write_text((tmp_path / "metrics.jsonl").read_text()[:-40])
+    resumed = last_json(run("--resume", run_dir, ranks=2))
+    assert metrics(resumed) == metrics({"run_dir": tmp_path}) and resumed["evaluation"] == result["evaluation"]
+    again = AutoModelForImageTextToText.from_pretrained(resumed["student"]).state_dict()
+    assert all(again[name].equal(student[name]) for name in student)
+
+
+def test_ranks_that_would_wait_for_one_another_are_refused(ril, tmp_path):
+    """A projector, which is no part of the vision tower, is trained where there is a picture only."""
+    tiny_models.build(tmp_path / "student", "tiny:internvl_teacher", ["What is it?"], 0)
+    for split in ("train", "test"):
+        rows = [QUESTION, {**QUESTION, "id": "b", "image": "a.png"}]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"rl: {{algorithm: grpo, questions_per_step: 2}}\ndata: {{dir: {tmp_path}}}\nwork_dir: {tmp_path}\n"
+        f"student: {{path: {tmp_path}/student}}\nsft: {{steps: 0}}\ndeepspeed: {{zero_stage: 2}}\n"
+    )
+    code, _, err = ril("train", "--config", config)
+    expected = (
+        "error: deepspeed.zero_stage is 2, and 1 of 2 questions have a picture, .*multi_modal_projector is trained"
+    )
+    assert code == 2 and re.search(expected, err), err[-2000:]
 
 
 JUDGE = """

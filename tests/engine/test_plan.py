@@ -147,7 +147,7 @@ def off(tmp_path: Path, size: str, stage: int, packing: str, length: int) -> dic
     phases = {each.name: each for each in Plan(settings(path, **sections), 1, GPUS["h100"], device="cpu").phases()}
     planned = {name: each.peak - each.parts["cache"] for name, each in phases.items()}
     both = {"policy": planned["policy"], "optimiser step": planned["optimiser step"]}
-    bucket = 4 * 500_000_000 if stage else 0  # DeepSpeed's would hide an error of the rest
+    bucket = 4 * 50_000_000 if stage else 0  # DeepSpeed's would hide an error of the rest
     both["policy"] -= bucket
     real["policy"] -= bucket
     if not stage:  # its all-reduce belongs to DeepSpeed's backward
@@ -189,7 +189,7 @@ def test_plans_models_that_no_test_could_load(tmp_path, name):
     assert names == ["rollout", "discriminator", "reference", "policy", "optimiser step"]
     parts = result["phases"][-1]["parts"]
     assert parts["student"] == pytest.approx(2 * parameters, rel=0.01)
-    assert parts["reference"] == pytest.approx(4 * parameters, rel=0.01)
+    assert parts["reference"] == pytest.approx(2 * parameters, rel=0.01)
     assert all(phase["seconds"] > 0 for phase in result["phases"])
     assert result["fits"] and verdict(result).startswith("fits: ")
 
