@@ -159,14 +159,22 @@ def _export(arguments) -> dict:
 
 def _plan(arguments) -> dict:
     from ril_engine.config_file import load_config
+    from ril_engine.gpus import gpu_named
     from ril_engine.plan import plan
+    from ril_engine.plan_layouts import layouts
     from ril_engine.plan_table import show
 
     config = load_config(arguments.config, arguments.set)
     for name, value in (("--gpus", arguments.gpus), ("--gpu-memory", arguments.gpu_memory)):
         if not 0 < value < math.inf:
             raise UserError(f"{name} {value:g}: expected a number above 0; give what one node or the whole job has")
+    if arguments.layouts and arguments.gpus < 3:
+        raise UserError(
+            f"--layouts with --gpus {arguments.gpus}: expected 3 or more, one of which judges and one samples"
+        )
     result = plan(config, gpus=arguments.gpus, gpu_memory_gib=arguments.gpu_memory, gpu=arguments.gpu)
+    if arguments.layouts:
+        result["layouts"] = layouts(config, arguments.gpus, gpu_named(arguments.gpu))
     show(result)
     return result
 
@@ -209,6 +217,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True, help="ranks of the job, one GPU each")
     plan.add_argument("--gpu-memory", type=float, required=True, metavar="GIB", help="of each GPU")
     plan.add_argument("--gpu", default="h100", metavar="NAME", help="a100, h100, h200 or b200; default: h100")
+    plan.add_argument("--layouts", action="store_true", help="compare ways to share the GPUs out among roles")
     text = "tell of every bad row of a data set, and count what there is; exit code 2 if any is bad"
     check = commands.add_parser("data-check", help=text, description=text)
     check.add_argument("data", type=Path, help="a folder of data, or a .jsonl or .parquet file of questions")

@@ -22,6 +22,8 @@ from torch.utils.flop_counter import flop_registry
 
 FLASH = 1  # of torch.nn.attention.SDPBackend: what a GPU takes where there is no mask
 aten = torch.ops.aten
+READ_ROWS = (aten.embedding.default, aten.index.Tensor, aten.index_select.default, aten.gather.default)
+WRITE_ROWS = (aten.index_put_.default, aten.index_put.default, aten._index_put_impl_.default)
 
 
 class Ledger(TorchDispatchMode):
@@ -56,6 +58,13 @@ class Ledger(TorchDispatchMode):
                 self._held[key] = weakref.ref(storage, partial(self._gone, key, size))
                 self.live += size
         self.peak = max(self.peak, self.live)
+
+    def overlook(self, tensors: Iterable[Tensor]) -> None:
+        """Count no storage of these, which something else stands for, and no view of them."""
+        for each in tensors:
+            storage = each.untyped_storage()
+            key = storage._cdata
+            self._held[key] = weakref.ref(storage, partial(self._gone, key, 0))
 
     def _gone(self, key: int, size: int, _) -> None:
         del self._held[key]
@@ -107,7 +116,12 @@ class Ledger(TorchDispatchMode):
             return
         count = flop_registry.get(func._overloadpacket)
         flops = float(count(*args, **kwargs, out_val=out)) if count is not None else 0.0
-        moved = float(sum(each.numel() * each.element_size() for each in (*fakes, *results)))
+        touched = [*fakes, *results]
+        if func in READ_ROWS:
+            touched = [*results, *results]
+        elif func in WRITE_ROWS:
+            touched = [args[2], args[2]]
+        moved = float(sum(each.numel() * each.element_size() for each in touched))
         rate = self.flops_per_s.get(fakes[0].dtype, self.flops_per_s[torch.float32])
         self.flops, self.moved = self.flops + flops, self.moved + moved
         self.seconds += max(flops / rate, moved / self.bytes_per_s)

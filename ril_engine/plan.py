@@ -7,8 +7,9 @@ allocated as its stages do (plan_engine.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -21,7 +22,7 @@ from ril_engine.families import adapt, language_model
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
 from ril_engine.packing import micro_batches
-from ril_engine.plan_engine import Trained
+from ril_engine.plan_engine import Trained, Weights
 from ril_engine.plan_models import Questions, as_on_gpu, fake_model, model_config
 from ril_engine.policy import Policy
 from ril_engine.rollout.engine import PREFILL_TOKENS, Rollout
@@ -45,21 +46,22 @@ class Phase:
 class Plan:
     """The parts of a run as loop.py holds them, on one of `ranks` GPUs, and its phases."""
 
-    def __init__(self, config: Config, ranks: int, gpu: GPU, device: str = "meta"):
-        """`device`: "meta" for a GPU, "cpu" for ranks that have none."""
+    def __init__(self, config: Config, ranks: int, gpu: GPU, device: str = "meta", only: str | None = None):
+        """`device`: "meta" for a GPU, "cpu" for ranks that have none. `only`: "sampling" or "training", by GPUs that do
+        nothing else."""
         self.config, self.ranks, self.gpu, self.device = config, ranks, gpu, device
         self.on_gpu = device == "meta"
         rates = {torch.bfloat16: gpu.bf16_flops_per_s, torch.float32: gpu.float32_flops_per_s}
         self.ledger = ledger = Ledger(device, rates, gpu.bytes_per_s)
         self.hf_config = model_config(config.student)
         self.dtype = torch.bfloat16 if config.deepspeed.bf16 else torch.float32
-        rl = config.rl
+        rl, self.zero_stage = config.rl, config.deepspeed.zero_stage
         self.teachers = rl.algorithm in ("ril", "sft")
-        self.samples = rl.algorithm != "sft"
+        self.samples, self.only = rl.algorithm != "sft", only
         self.model = fake_model(self.hf_config, ledger, self.dtype)
-        referenced = rl.beta > 0 and rl.algorithm != "sft"
+        referenced = self.beta > 0 and only != "sampling"
         self.reference = fake_model(self.hf_config, ledger, self.dtype) if referenced else None
-        adversarial = rl.algorithm == "ril" and config.discriminator.use != "none"
+        adversarial = rl.algorithm == "ril" and config.discriminator.use != "none" and only != "sampling"
         self.judged = self._discriminator() if adversarial else None
         self.decoders = [language_model(each) for each in (self.model, self.reference) if each is not None]
         self.decoders += [] if self.judged is None else [self.judged.language_model]
@@ -77,8 +79,8 @@ class Plan:
             module.score.bias = nn.Parameter(torch.empty(1, dtype=self.dtype, device=self.device))
         return module.requires_grad_(self.config.discriminator.use == "updated")
 
-    def phases(self) -> list[Phase]:
-        """Of a step, in their order.
+    def phases(self, limit: int | None = None) -> list[Phase]:
+        """Of a step, in their order; none where what always lives is above `limit` bytes.
 
         Raises:
             UserError: a setting that the loop would refuse, too.
@@ -87,42 +89,42 @@ class Plan:
         memory.release()
         with gpu_only, counted(self.ledger):
             try:
-                return self._phases()
+                return self._phases(limit)
             finally:
                 memory.release()
 
-    def _phases(self) -> list[Phase]:
+    def _phases(self, limit: int | None) -> list[Phase]:
         config, rl, ledger = self.config, self.config.rl, self.ledger
         for decoder in self.decoders:
             adapt(decoder, rl.packing, torch.device("cuda" if self.on_gpu else "cpu"))
-        ledger.hold([*self.model.parameters(), *self.model.buffers()])
-        held = {"student": ledger.live}
-        if not rl.train_vision_tower:
-            name = "vision_tower" if hasattr(self.model.model, "vision_tower") else "visual"
-            self.model.model.get_submodule(name).requires_grad_(False)
+        tower = None if rl.train_vision_tower else _tower(self.model).requires_grad_(False)
         policy = Policy(self.model).train()
+        self.weights = Weights(policy, config, ledger, self.ranks, tower)
+        held = {"student": self.weights.held}
         plan = config.plan
         self.questions = Questions(self.hf_config, self.model.base_model, plan.text_tokens, plan.image_tokens)
-        student = Trained(policy, config, ledger, self.ranks)
+        if self.only == "sampling":
+            return [self._rollout(held)]
+        student = Trained(policy, self.weights, config, ledger)
         held["optimiser"] = student.held
-        reference = None
+        reference = of_reference = of_judge = judge = None
         if self.reference is not None:
-            before = ledger.live
-            ledger.hold([*self.reference.parameters(), *self.reference.buffers()])
             reference = Policy(self.reference).requires_grad_(False).eval()
-            held["reference"] = ledger.live - before
-        judge = None
+            of_reference = Weights(reference, config, ledger, self.ranks, _tower(self.reference))
+            held["reference"] = of_reference.held
         if self.judged is not None:
-            before = ledger.live
-            ledger.hold([*self.judged.parameters(), *self.judged.buffers()])
-            judge = Trained(self.judged, config, ledger, self.ranks) if self._updates_d else None
-            held["discriminator"] = ledger.live - before
+            of_judge = Weights(self.judged, config, ledger, self.ranks)
+            judge = Trained(self.judged, of_judge, config, ledger) if self._updates_d else None
+            held["discriminator"] = of_judge.held + (0 if judge is None else judge.held)
+        self.always = ledger.live
+        if limit is not None and self.always > limit:
+            return []
         phases = []
-        if self.samples:
+        if self.samples and self.only is None:
             phases.append(self._rollout(held))
         if self.judged is not None:
-            phases.append(self._discriminate(judge, held))
-        phases += self._update_policy(student, reference, held)
+            phases.append(self._discriminate(judge, of_judge, held))
+        phases += self._update_policy(student, reference, of_reference, held)
         return phases
 
     @property
@@ -135,6 +137,21 @@ class Plan:
         times = work()
         parts = dict(held) | {OWN: self.ledger.peak - sum(held.values())}
         return Phase(name, self.ledger.peak, parts, self.ledger.seconds * (1 if times is None else times))
+
+    def _exchange(self, phase: Phase, sent: float, over_host: float) -> Phase:
+        """Adds the time of these bytes, sent to other GPUs and moved to or from the host."""
+        seconds = sent / self.gpu.link_bytes_per_s + over_host / self.gpu.host_bytes_per_s
+        # stage 3 does it while it computes
+        phase.seconds = max(phase.seconds, seconds) if self.zero_stage == 3 else phase.seconds + seconds
+        return phase
+
+    @contextmanager
+    def _gathered(self, held: dict[str, int], weights: Weights, count: int | None = None) -> Iterator[None]:
+        with weights.gathered(count) as size:
+            if size:
+                held["gathered"] = size
+            yield
+            held.pop("gathered", None)
 
     def _there(self, values):
         return tree_map_only(Tensor, lambda each: each.to(self.device), values)
@@ -174,9 +191,13 @@ class Plan:
             ledger.seconds = prefills + ledger.seconds * limit * count / slots
             self.sampler = sampler
 
-        return self._phase("rollout", held, work)
+        with self._gathered(held, self.weights):
+            phase = self._phase("rollout", held, work)
+        phase.seconds += self.weights.sent / self.gpu.link_bytes_per_s
+        phase.seconds += self.weights.from_host / self.gpu.host_bytes_per_s
+        return phase
 
-    def _discriminate(self, trained: Trained | None, held: dict[str, int]) -> Phase:
+    def _discriminate(self, trained: Trained | None, weights: Weights, held: dict[str, int]) -> Phase:
         config, module = self.config, self.judged
         shared = CHAT_TOKENS + len(config.discriminator.instruction) // CHARACTERS_PER_TOKEN
         count = config.rl.questions_per_step * self._responses()
@@ -197,11 +218,16 @@ class Plan:
                 module(*inputs)
             return times
 
-        phase = self._phase("discriminator", held, work)
-        phase.seconds += trained.exchanged() / self.gpu.link_bytes_per_s if trained is not None else 0.0
-        return phase
+        if trained is None:
+            with self._gathered(held, weights, weights.to_read):
+                return self._exchange(self._phase("discriminator", held, work), *_bytes(weights, times))
+        with self._gathered(held, weights, weights.to_train):
+            phase = self._phase("discriminator", held, work)
+        return self._exchange(phase, *_bytes(weights, 3 * times, trained, times))
 
-    def _update_policy(self, student: Trained, reference: Policy | None, held: dict[str, int]) -> list[Phase]:
+    def _update_policy(
+        self, student: Trained, reference: Policy | None, of_reference: Weights | None, held: dict[str, int]
+    ) -> list[Phase]:
         config, rl = self.config, self.config.rl
         each = self._responses()
         keys = [slot for slot in range(rl.questions_per_step) for _ in range(each)]
@@ -228,10 +254,15 @@ class Plan:
             return times * rl.updates_per_step
 
         if reference is not None:
-            phases.append(self._phase("reference", held, refer))
-        phases.append(self._phase("policy", held, update))
-        phases.append(self._phase("optimiser step", held, lambda: student.step() or rl.updates_per_step))
-        phases[-1].seconds += rl.updates_per_step * student.exchanged() / self.gpu.link_bytes_per_s
+            with self._gathered(held, of_reference, of_reference.to_read):
+                phase = self._phase("reference", held, refer)
+            phases.append(self._exchange(phase, *_bytes(of_reference, times)))
+        updates, weights = rl.updates_per_step, self.weights
+        with self._gathered(held, weights, weights.to_train):
+            phase = self._phase("policy", held, update)
+        phases.append(self._exchange(phase, *_bytes(weights, 2 * times * updates)))
+        phase = self._phase("optimiser step", held, lambda: student.step() or updates)
+        phases.append(self._exchange(phase, updates * student.sent(times), updates * student.over_host(times)))
         return phases
 
     @property
@@ -239,27 +270,41 @@ class Plan:
         return self.config.rl.beta if self.config.rl.algorithm != "sft" else 0.0
 
 
+def _bytes(weights: Weights, gathers: float, trained: Trained | None = None, micro_batches: float = 0.0):
+    """Sent to other GPUs, and moved to or from the host."""
+    sent, over_host = gathers * weights.sent, gathers * weights.from_host
+    if trained is not None:
+        sent, over_host = sent + trained.sent(micro_batches), over_host + trained.over_host(micro_batches)
+    return sent, over_host
+
+
+def _tower(model) -> nn.Module:
+    return model.model.get_submodule("vision_tower" if hasattr(model.model, "vision_tower") else "visual")
+
+
 def alternatives(config: Config) -> list[tuple[str, Config]]:
     """Settings that need less memory, each on top of those before it, as `--set` takes them."""
-    out = []
+    out, said = [], {}
 
-    def change(text: str, section: str, **values) -> None:
+    def change(section: str, name: str, value: object) -> None:
         nonlocal config
-        changed = getattr(config, section).model_copy(update=values)
+        changed = getattr(config, section).model_copy(update={name: value})
         config = config.model_copy(update={section: changed})
-        out.append((f"{out[-1][0]} {text}" if out else text, config))
+        said[f"{section}.{name}"] = str(value).lower()
+        out.append((" ".join(f"{key}={text}" for key, text in said.items()), config))
 
     if not config.deepspeed.bf16:
-        change("deepspeed.bf16=true", "deepspeed", bf16=True)
+        change("deepspeed", "bf16", True)
     if config.deepspeed.zero_stage < 2:
-        change("deepspeed.zero_stage=2", "deepspeed", zero_stage=2)
+        change("deepspeed", "zero_stage", 2)
     if config.rl.packing == "padded":
-        change("rl.packing=shared", "rl", packing="shared")
+        change("rl", "packing", "shared")
     for tokens in (4096, 2048):
         if tokens < config.rl.micro_batch_tokens:
-            change(f"rl.micro_batch_tokens={tokens}", "rl", micro_batch_tokens=tokens)
-    tokens = config.sampling.cache_tokens // 4
-    change(f"sampling.cache_tokens={tokens}", "sampling", cache_tokens=tokens)
+            change("rl", "micro_batch_tokens", tokens)
+    change("sampling", "cache_tokens", config.sampling.cache_tokens // 4)
+    if config.deepspeed.zero_stage < 3:
+        change("deepspeed", "zero_stage", 3)
     return out
 
 
@@ -278,8 +323,12 @@ def plan(config: Config, *, gpus: int, gpu_memory_gib: float, gpu: str) -> dict:
     result["phases"] = [asdict(phase) for phase in phases]
     result["would_fit"] = None
     if not result["fits"]:
-        for text, changed in alternatives(config):
-            if max(each.peak for each in Plan(changed, gpus, board).phases()) <= limit:
-                result["would_fit"] = text
-                break
+        tried = alternatives(config)
+        first = bisect_left(tried, True, key=lambda each: _fits(each[1], gpus, board, limit))
+        result["would_fit"] = tried[first][0] if first < len(tried) else None
     return result
+
+
+def _fits(config: Config, gpus: int, board: GPU, limit: int) -> bool:
+    phases = Plan(config, gpus, board).phases(limit)
+    return bool(phases) and max(each.peak for each in phases) <= limit

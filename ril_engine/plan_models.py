@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ril_engine.config import ModelConfig
 from ril_engine.errors import UserError
@@ -18,6 +19,7 @@ from ril_engine.ledger import Ledger
 from ril_engine.models import Encoder
 from ril_engine.rollout.engine import Rollout
 
+aten = torch.ops.aten
 LIGER_KERNELS = {
     "rms_norm": (
         "_rms_norm_forward_kernel",
@@ -135,6 +137,7 @@ def as_on_gpu(decoders: list[nn.Module]) -> Iterator[None]:
         home = import_module("ril_kernels.prefix_attention.op")
         stack.enter_context(replaced(home, "resolve_backend", _attention_backend))
         stack.enter_context(replaced(Rollout, "_to", lambda self, value: value.to(self.device)))
+        stack.enter_context(replaced(functional, "scaled_dot_product_attention", _attend))
         tolist, tensor_of = Tensor.tolist, torch.tensor
         stack.enter_context(replaced(Tensor, "tolist", lambda tensor: tolist(getattr(tensor, "value", tensor))))
         stack.enter_context(replaced(torch, "tensor", _with_values(tensor_of)))
@@ -150,6 +153,20 @@ def as_on_gpu(decoders: list[nn.Module]) -> Iterator[None]:
 
 def _attention_backend(backend: str, query: Tensor) -> str:
     return "torch" if query.dtype in (torch.bfloat16, torch.float16) else "reference"
+
+
+def _attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) -> Tensor:
+    """scaled_dot_product_attention, which on the meta device would hold all weights, by the kernel that a GPU takes."""
+    if attn_mask is None and query.dtype in (torch.bfloat16, torch.float16):
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
+    if key.shape[-3] != query.shape[-3]:  # the other kernel takes no groups of heads
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+    if attn_mask is not None:  # its bias is in query's dtype
+        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=query.device)
+        attn_mask = attn_mask.expand(*query.shape[:3], key.shape[-2])
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def _with_values(tensor_of: Callable[..., Tensor]) -> Callable[..., Tensor]:

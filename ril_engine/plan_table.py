@@ -31,4 +31,11 @@ def show(result: dict) -> None:
         table.add_row(phase["name"], *(f"{size / 2**30:.2f}" for size in sizes), f"{phase['seconds']:.3f}")
     console = Console(stderr=True, width=None if sys.stderr.isatty() else 140)
     console.print(table)
+    if result.get("layouts"):
+        layouts = Table(title="the same GPUs, shared out")
+        for column in ("layout", "peak GiB", "sampling s", "transfer s", "training s", "step s", "step s, overlapped"):
+            layouts.add_column(column, justify="left" if column == "layout" else "right")
+        for row in result["layouts"]:
+            layouts.add_row(*map(str, row.values()))
+        console.print(layouts)
     console.print(verdict(result), soft_wrap=True, highlight=False)

@@ -1,6 +1,13 @@
-"""Run by test_plan.py in a process of its own: the peak bytes of real training steps, counted by torch's profiler."""
+"""Run by test_plan.py: the peak bytes of real training steps, counted by torch's profiler.
+
+Each case gets processes of its own, one per rank, since DeepSpeed keeps an engine's memory until its process ends. They
+are forks of this one, which has imported everything once.
+"""
 
 import json
+import multiprocessing
+import os
+import socket
 import sys
 import time
 
@@ -18,12 +25,13 @@ from ril_engine.policy import Policy
 def run(case: dict, begun: list[int]) -> None:
     """Two steps: AdamW has no states in the first one. `begun`: when each forward and each update began."""
     config = AutoConfig.from_pretrained(case["model"])
-    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    dtype = torch.bfloat16 if case["bf16"] else torch.float32
+    model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.model.visual.requires_grad_(False)
     adapt(language_model(model), case["packing"], torch.device("cpu"))
     questions = Questions(config, model.base_model, case["text_tokens"], case["image_tokens"])
     rates = {"steps": 4, "learning_rate": 1e-5}
-    engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"]), **rates)
+    engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"], bf16=case["bf16"]), **rates)
     count = case["responses"]
     for _ in range(2):
         begun.append(time.time_ns())
@@ -46,13 +54,38 @@ def peaks(profiler, begun: list[int]) -> dict[str, int]:
     return most
 
 
-def main() -> None:
+def rank(case: dict, number: int, port: int, results) -> None:
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(case["ranks"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     init_distributed()
-    torch.set_num_threads(1)
     begun: list[int] = []
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run(json.loads(sys.argv[1]), begun)
-    print(json.dumps(peaks(profiler, begun)))
+        run(case, begun)
+    results.put(peaks(profiler, begun))
+
+
+def measured(case: dict) -> dict[str, int]:
+    """The largest of its ranks'."""
+    fork = multiprocessing.get_context("fork")
+    results = fork.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [fork.Process(target=rank, args=(case, number, port, results)) for number in range(case["ranks"])]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    if any(each.exitcode for each in ranks):
+        sys.exit(f"{case}: its ranks ended with {[each.exitcode for each in ranks]}")
+    found = [results.get() for _ in ranks]
+    return {name: max(each[name] for each in found) for name in found[0]}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    for case in json.loads(sys.argv[1]):
+        print(json.dumps(measured(case)), flush=True)
 
 
 if __name__ == "__main__":
