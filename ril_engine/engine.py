@@ -203,6 +203,12 @@ def _adamw(config: DeepSpeedConfig) -> type[torch.optim.Optimizer]:
     return deepspeed.ops.adam.FusedAdam if config.offload_idle else torch.optim.AdamW
 
 
+def checkpoint_layers(module: nn.Module) -> None:
+    """Have a Hugging Face model, or a module around one, keep what enters its layers and compute the rest again."""
+    model = next(part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable"))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 class Engine:
     """A module, its AdamW and its learning-rate schedule: linear warm-up, linear to the final rate, and constant."""
 
@@ -242,8 +248,7 @@ class Engine:
         optimizer = _adamw(config)(trained, lr=learning_rate, weight_decay=weight_decay, betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         if config.gradient_checkpointing:
-            model = next(part for part in module.modules() if hasattr(part, "gradient_checkpointing_enable"))
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpoint_layers(module)
         self.partitioned = config.zero_stage == 3
         if self.partitioned and whole is not None:
             _place(whole.eval(), config, device())

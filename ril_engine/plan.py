@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ril_engine.config import Config
 from ril_engine.discriminator import Discriminator, discriminator_batch
+from ril_engine.engine import training_dtype
 from ril_engine.families import adapt, language_model
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
@@ -28,6 +29,12 @@ from ril_engine.policy import Policy
 from ril_engine.rollout.engine import PREFILL_TOKENS, Rollout
 from ril_kernels.token_logprob import memory
 
+AWAKE = {  # of what can wait on the host, what a phase needs
+    "discriminator": ("discriminator",),
+    "reference": ("reference",),
+    "policy": ("optimiser",),
+    "optimiser step": ("optimiser",),
+}
 OWN = "working"  # of a phase: activations, gradients, a chunk of logits, buckets
 CHARACTERS_PER_TOKEN = 4  # of D's instruction, whose tokenizer is not at hand
 CHAT_TOKENS = 24  # of D's two turns and the marks around a response
@@ -54,9 +61,10 @@ class Plan:
         rates = {torch.bfloat16: gpu.bf16_flops_per_s, torch.float32: gpu.float32_flops_per_s}
         self.ledger = ledger = Ledger(device, rates, gpu.bytes_per_s)
         self.hf_config = model_config(config.student)
-        self.dtype = torch.bfloat16 if config.deepspeed.bf16 else torch.float32
+        self.dtype = training_dtype(config.deepspeed)
         rl, self.zero_stage = config.rl, config.deepspeed.zero_stage
         self.teachers = rl.algorithm in ("ril", "sft")
+        self.idle: dict[str, int] = {}  # bytes of what waits on the host where a phase does not need it
         self.samples, self.only = rl.algorithm != "sft", only
         self.model = fake_model(self.hf_config, ledger, self.dtype)
         referenced = self.beta > 0 and only != "sampling"
@@ -110,14 +118,17 @@ class Plan:
         reference = of_reference = of_judge = judge = None
         if self.reference is not None:
             reference = Policy(self.reference).requires_grad_(False).eval()
-            of_reference = Weights(reference, config, ledger, self.ranks, _tower(self.reference))
+            of_reference = Weights(reference, self._of_frozen(), ledger, self.ranks, _tower(self.reference))
             held["reference"] = of_reference.held
         if self.judged is not None:
-            of_judge = Weights(self.judged, config, ledger, self.ranks)
+            of_judge = Weights(self.judged, config if self._updates_d else self._of_frozen(), ledger, self.ranks)
             judge = Trained(self.judged, of_judge, config, ledger) if self._updates_d else None
             held["discriminator"] = of_judge.held + (0 if judge is None else judge.held)
-        self.always = ledger.live
-        if limit is not None and self.always > limit:
+        if config.deepspeed.offload_idle:
+            self.idle = {part: held[part] for part in ("optimiser", "reference", "discriminator") if part in held}
+            if self.zero_stage == 3:  # a share of the weights stays
+                self.idle |= {"reference": 0, "discriminator": 0 if judge is None else judge.held}
+        if limit is not None and ledger.live - sum(self.idle.values()) > limit:
             return []
         phases = []
         if self.samples and self.only is None:
@@ -125,18 +136,31 @@ class Plan:
         if self.judged is not None:
             phases.append(self._discriminate(judge, of_judge, held))
         phases += self._update_policy(student, reference, of_reference, held)
+        for phase in phases:  # there and back, once in a step
+            woken = next((part for part in AWAKE.get(phase.name, ()) if phase.name != "optimiser step"), None)
+            phase.seconds += 2 * self.idle.get(woken, 0) / self.gpu.host_bytes_per_s
         return phases
+
+    def _of_frozen(self) -> Config:
+        """With stage 3 what idles and is only read has its share on the host, as engine.freeze does it."""
+        settings = self.config.deepspeed
+        if not settings.offload_idle or settings.zero_stage < 3:
+            return self.config
+        return self.config.model_copy(update={"deepspeed": settings.model_copy(update={"offload_parameters": True})})
 
     @property
     def _updates_d(self) -> bool:
         return self.config.discriminator.use == "updated"
 
     def _phase(self, name: str, held: dict[str, int], work: Callable[[], float | None]) -> Phase:
-        """`work` returns how often a step does it."""
+        """`work` returns how often a step does it. What waits on the host meanwhile was counted, and is taken off."""
         self.ledger.restart()
         times = work()
-        parts = dict(held) | {OWN: self.ledger.peak - sum(held.values())}
-        return Phase(name, self.ledger.peak, parts, self.ledger.seconds * (1 if times is None else times))
+        away = {part: self.idle[part] for part in self.idle if part not in AWAKE.get(name, ())}
+        parts = {part: size - away.get(part, 0) for part, size in held.items()}
+        parts |= {OWN: self.ledger.peak - sum(held.values())}
+        seconds = self.ledger.seconds * (1 if times is None else times)
+        return Phase(name, self.ledger.peak - sum(away.values()), parts, seconds)
 
     def _exchange(self, phase: Phase, sent: float, over_host: float) -> Phase:
         """Adds the time of these bytes, sent to other GPUs and moved to or from the host."""
@@ -303,8 +327,13 @@ def alternatives(config: Config) -> list[tuple[str, Config]]:
         if tokens < config.rl.micro_batch_tokens:
             change("rl", "micro_batch_tokens", tokens)
     change("sampling", "cache_tokens", config.sampling.cache_tokens // 4)
+    if not config.deepspeed.gradient_checkpointing:
+        change("deepspeed", "gradient_checkpointing", True)
     if config.deepspeed.zero_stage < 3:
         change("deepspeed", "zero_stage", 3)
+    settings = config.deepspeed
+    if not (settings.offload_idle or settings.offload_optimizer or settings.offload_parameters):
+        change("deepspeed", "offload_idle", True)
     return out
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ril_engine.config import Config
-from ril_engine.engine import zero_settings
+from ril_engine.engine import checkpoint_layers, zero_settings
 from ril_engine.ledger import Ledger
 
 REDUCED_TOGETHER = 500_000_000  # gradients of one all-reduce without ZeRO: DeepSpeed's MEMORY_OPT_ALLREDUCE_SIZE
@@ -76,6 +76,8 @@ class Trained:
 
     def __init__(self, module: nn.Module, weights: Weights, config: Config, ledger: Ledger):
         self.module, self.weights, self.ranks = module, weights, weights.ranks
+        if config.deepspeed.gradient_checkpointing:
+            checkpoint_layers(module)
         self.parameters = [each for each in module.parameters() if each.requires_grad]
         self.count = sum(each.numel() for each in self.parameters)
         self.bytes_each = self.parameters[0].element_size()
