@@ -30,7 +30,7 @@ def run(case: dict, begun: list[int]) -> None:
     model.model.visual.requires_grad_(False)
     adapt(language_model(model), case["packing"], torch.device("cpu"))
     questions = Questions(config, model.base_model, case["text_tokens"], case["image_tokens"])
-    rates = {"steps": 4, "learning_rate": 1e-5}
+    rates = {"steps": 4, "learning_rate": 1e-5, "whole": model.model.visual}
     engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"], bf16=case["bf16"]), **rates)
     count = case["responses"]
     for _ in range(2):
