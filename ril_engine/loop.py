@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -317,6 +318,8 @@ def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metr
     out["truncated"] = mean([float(each["truncated"]) for each in own])
     if own:
         out["reward/unscored"] = mean([float(each["unscored"] > 0) for each in own])
+        totals = Counter(round(2 * (each["answer_reward"] + each.get("similarity_reward", 0.0))) / 2 for each in own)
+        out |= {f"reward/histogram/{total:g}": count / len(own) for total, count in totals.items()}
         parts = own[0]["parts"]
         for name in parts if len(parts) > 1 else ():
             out[f"reward/student/{name}"] = mean([each["parts"][name] for each in own])

@@ -16,7 +16,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib import colormaps, rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 from PIL import Image
@@ -114,6 +114,7 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;max-height:14rem;overfl
 font:.875rem/1.45 ui-monospace,monospace}details pre{max-height:none;background:var(--card);padding:1rem}
 summary{cursor:pointer}
 """
+HISTOGRAM = "reward/histogram/"  # loop.py's, and the value
 LEGEND_CHARACTERS = 56  # side by side in a chart's legend
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -211,10 +212,28 @@ def _phases_panel(rows: list[dict]) -> str:
     return _svg(figure, "seconds")
 
 
+def _rewards_panel(rows: list[dict]) -> str:
+    """Share of the student's responses at each total reward, stacked; "" when the run has none."""
+    names = {name for row in rows for name in row["metrics"] if name.startswith(HISTOGRAM)}
+    levels = sorted(names, key=lambda name: float(name.removeprefix(HISTOGRAM)))
+    if not levels:
+        return ""
+    parts = [_smooth(np.nan_to_num(_column(rows, "metrics", name))) for name in levels]
+    colours = [colormaps["viridis"](i / max(1, len(levels) - 1)) for i in range(len(levels))]
+    labels = [name.removeprefix(HISTOGRAM) for name in levels]
+    figure, axes = _axes()
+    axes.stackplot([row["step"] for row in rows], parts, labels=labels, colors=colours, alpha=0.85)
+    axes.set_ylim(0, 1)
+    _legend(axes)
+    return _svg(figure, "rewards")
+
+
 def _curves(rows: list[dict]) -> str:
     keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     with rc_context({**dict.fromkeys(keys, INK), "font.family": "sans-serif", "font.size": 9}):
         drawn = [(title, note, _panel(rows, title, scale)) for title, (note, scale) in PANELS.items()]
+        note = "Share of its responses at each total reward, to the nearest half."
+        drawn.insert(2, ("Rewards of the student", note, _rewards_panel(rows)))
         drawn.append(("Seconds per step", "Where the time of a step goes.", _phases_panel(rows)))
     figures = "".join(
         f"<figure><figcaption><b>{escape(title)}</b><span>{escape(note)}</span></figcaption>{svg}</figure>"
