@@ -158,7 +158,7 @@ def test_a_judge_that_fails_loses_no_step(finished, tmp_path, monkeypatch):
 
 
 @pytest.mark.distributed
-def test_a_lora_student_resumes_and_is_exported_merged(finished, tmp_path):
+def test_a_lora_student_resumes_and_is_exported_merged(finished, ril, tmp_path):
     """Its checkpoints hold adapters alone: with the student after SFT they are what the run has exported."""
     config, stages, _ = finished
     first = last_json(run("--config", config, "--set", "rl.lora={rank: 4}", ranks=2))
@@ -178,6 +178,10 @@ def test_a_lora_student_resumes_and_is_exported_merged(finished, tmp_path):
     missing, unexpected = policy.load_state_dict(adapters, strict=False)
     assert not unexpected and not any("lora" in name for name in missing)
     exported, _ = load(ModelConfig(path=resumed["student"]))
+    code, (line,), err = ril("export", resumed["run_dir"], "--out", tmp_path / "out")
+    assert code == 0, err
+    by_command = load(ModelConfig(path=json.loads(line)["student"]))[0].state_dict()
+    assert all(torch.equal(value, by_command[name]) for name, value in exported.state_dict().items())
     encoder = Encoder(adapted, processor, tmp_path, 10_000)
     batch = encoder.batch([{"id": "a", "question": "What is it?"}], [encoder.response("I see 7 and 8.")])
     with torch.no_grad():

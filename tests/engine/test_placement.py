@@ -29,6 +29,9 @@ class Updated:
     def __call__(self, *arguments, **settings):
         return self.module(*arguments, **settings)
 
+    def wake(self) -> None:
+        """It does not rest."""
+
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         loss.backward()
         self.backwards += 1
