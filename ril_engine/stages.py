@@ -26,7 +26,7 @@ from ril_engine.locks import held
 from ril_engine.models import Encoder, load
 from ril_engine.placement import to_device
 from ril_engine.policy import Policy
-from ril_engine.questions import SPLITS, data_files, read_jsonl, require_images, training_questions
+from ril_engine.questions import SPLITS, data_files, pictures, read_jsonl, require_images, training_questions
 from ril_engine.runlog import Skipped, progress, warn
 from ril_engine.user_data import unpack
 
@@ -244,7 +244,7 @@ def train_supervised(
                 # All ranks run the model as often, and its vision tower, too, since with ZeRO they wait for one
                 # another: examples that do not count stand in.
                 some = list(mine) or [start]
-                pictured = [i for i in every if rows[picks[i]].get("image")]
+                pictured = [i for i in every if pictures(rows[picks[i]])]
                 if pictured and not set(pictured) & set(some):
                     some.append(pictured[0])
                 batch = encoder.batch([rows[picks[i]] for i in some], [responses[i] for i in some])

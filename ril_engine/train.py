@@ -31,7 +31,7 @@ from ril_engine.loop import Loop, average, scheduled
 from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
 from ril_engine.profiling import Profile
-from ril_engine.questions import evaluation_questions, validation_questions
+from ril_engine.questions import evaluation_questions, pictures, validation_questions
 from ril_engine.report import write_report
 from ril_engine.rewards import require_rewards
 from ril_engine.runlog import PhaseTimer, RunLog, accuracy_table, progress
@@ -190,7 +190,7 @@ def _require_alike(config: Config, model, rows: list[dict]) -> None:
     trained = [
         name for name, each in model.base_model.named_parameters() if each.requires_grad and id(each) not in decoder
     ]
-    pictured = sum(bool(row.get("image")) for row in rows)
+    pictured = sum(bool(pictures(row)) for row in rows)
     if config.deepspeed.zero_stage and trained and 0 < pictured < len(rows):
         raise UserError(
             f"deepspeed.zero_stage is {config.deepspeed.zero_stage}, and {pictured} of {len(rows)} questions have a "

@@ -16,6 +16,7 @@ from ril_engine.config import Config, ModelConfig, TrainingConfig
 from ril_engine.discriminator import new_discriminator
 from ril_engine.engine import init_distributed
 from ril_engine.loop import Loop, average
+from ril_engine.lora import merged
 from ril_engine.models import load
 from ril_engine.packing import micro_batches
 from ril_engine.runlog import PhaseTimer
@@ -68,8 +69,9 @@ def questions(folder: Path) -> list[tuple[int, dict]]:
     return [(i, {**row, "image": row["image"] if i % 3 else None}) for i, row in enumerate(rows)]
 
 
-def make(folder: Path, student: str = "student", **deepspeed) -> Loop:
-    config = Config.model_validate(settings(folder, **deepspeed))
+def make(folder: Path, student: str = "student", lora: dict | None = None, **deepspeed) -> Loop:
+    tree = settings(folder, **deepspeed)
+    config = Config.model_validate({**tree, "rl": {**tree["rl"], "lora": lora}})
     saved: dict = {}
     for name, style in (("a", "sentences"), ("b", "clauses")):
         for _, row in questions(folder):
@@ -145,6 +147,7 @@ def taught(folder: Path, student: str, **deepspeed) -> dict[str, torch.Tensor]:
 
 
 # Nothing is small enough to stay whole, so that each parameter is sharded, gathered and released.
+LORA = {"rank": 4}
 SHARDED = {"extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}}
 STAGES = {f"zero {stage}": {"zero_stage": stage, **SHARDED} for stage in (0, 1, 2, 3)}
 OTHERS = {
@@ -176,6 +179,10 @@ def main() -> None:
             out[name] |= train(job, recorded if name in STAGES else recorded[:FEW])
         out[name]["live"] = live(job, some)
     out["untied"] = train(make(folder, "untied", zero_stage=3, **SHARDED), recorded[:FEW])
+    adapted = make(folder, lora=LORA, zero_stage=3, **SHARDED)
+    out["adapters"] = train(adapted, recorded[:FEW])
+    with adapted.student.gathered():
+        out["merged"] = {name: value.clone() for name, value in merged(adapted.policy.model).items()}
     out["taught"] = {name: taught(folder, name, zero_stage=3, **SHARDED) for name in ("student", "untied")}
     if dist.get_rank() == 0:
         torch.save(out, folder / "two.pt")

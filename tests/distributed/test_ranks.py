@@ -7,6 +7,7 @@ import subprocess
 import pytest
 import torch
 
+from ril_engine.lora import merged
 from tests.distributed import ranks_job
 from tests.distributed.ranks_job import BF16, LOSSES, OTHERS, RATE, STAGES, STEPS
 from tests.engine.jobs import ROOT, launched
@@ -24,6 +25,9 @@ def runs(tmp_path_factory, alone):
     (folder / "recorded.json").write_text(json.dumps(recorded))
     one = ranks_job.train(job, recorded)
     one["untied"] = ranks_job.train(ranks_job.make(folder, "untied"), recorded[: ranks_job.FEW])
+    adapted = ranks_job.make(folder, lora=ranks_job.LORA)
+    one["adapters"] = ranks_job.train(adapted, recorded[: ranks_job.FEW])
+    one["merged"] = merged(adapted.policy.model)
     one["taught"] = {name: ranks_job.taught(folder, name) for name in ("student", "untied")}
     words = [*launched(2), "--module", "tests.distributed.ranks_job", str(folder)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=900)
@@ -42,13 +46,21 @@ def test_a_head_of_its_own_is_sharded_and_gathered_too(runs):
     assert_same(runs[1]["untied"], runs[0]["untied"])
 
 
+def test_adapters_are_sharded_and_merged_too(runs):
+    assert all(".lora_" in name or "discriminator" in name for name in runs[0]["adapters"]["gradients"])
+    assert_same(runs[1]["adapters"], runs[0]["adapters"])
+    one, two = runs[0]["merged"], runs[1]["merged"]
+    assert one.keys() == two.keys()
+    assert all((two[name] - weights).abs().max() < 0.02 * RATE * ranks_job.FEW for name, weights in one.items())
+
+
 def assert_same(two: dict, one: dict) -> None:
     count = len(two["seen"])
     # The gradients of the first step, D's and the student's.
     assert two["gradients"].keys() == one["gradients"].keys() and len(one["gradients"]) > 50
     for name, gradient in one["gradients"].items():
-        assert gradient.norm() > 0
-        assert (two["gradients"][name] - gradient).norm() < 1e-5 * gradient.norm(), name
+        assert gradient.norm() > 0 or ".lora_A." in name  # an adapter begins as a product with zeros
+        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
     assert two["seen"] == one["seen"][:count]  # tokens and rewards
     expected, got = (torch.tensor(each["curves"][:count]) for each in (one, two))
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
