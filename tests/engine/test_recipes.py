@@ -31,7 +31,7 @@ def test_a_recipe_is_the_papers(path):
     (judge,) = config.answer_rewards
     served = [judge.server.model, *(each.server.model for each in config.teachers)]
     assert served == ["Qwen/Qwen2.5-32B-Instruct", "Qwen/Qwen2.5-VL-72B-Instruct", "OpenGVLab/InternVL3-78B"]
-    assert config.deepspeed.bf16 and config.deepspeed.zero_stage == 2
+    assert config.deepspeed.bf16 and config.deepspeed.zero_stage == 3
 
 
 def write_data(folder: Path) -> None:
