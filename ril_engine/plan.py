@@ -272,6 +272,7 @@ class Plan:
             return times
 
         def update() -> float:
+            student.module.train()
             with student.backward():
                 loss, _ = student.module(batch, **settings)
                 loss.backward()

@@ -227,7 +227,7 @@ def test_the_command_prints_a_verdict_and_json(tmp_path, monkeypatch, capsys):
     assert "does not fit: " in err and "it would with --set deepspeed.bf16=true" in err
     monkeypatch.setattr(sys, "argv", [*command, "80", "--layouts"])
     assert main() == 2
-    assert "--layouts with --gpus 2: expected 3 or more: one judges" in capsys.readouterr().err
+    assert "--layouts with --gpus 2: expected 3 or more, one of which judges and one samples" in capsys.readouterr().err
     for option, got in (("--gpus", "0"), ("--gpu-memory", "-1")):
         monkeypatch.setattr(sys, "argv", [*command, "80", option, got])
         assert main() == 2
@@ -295,7 +295,7 @@ def test_what_idles_or_is_computed_again_is_not_there(tmp_path, stage):
         "student": {"path": saved(tmp_path / "20M", SIZES["20M"])},
         "teachers": [{"name": "file", "responses": "anywhere.jsonl"}],
         "rl": {"questions_per_step": 2},
-        "sampling": {"max_new_tokens": 16},
+        "sampling": {"max_new_tokens": 256},
         "plan": {"text_tokens": 32, "image_tokens": 64},
     }
 
@@ -307,7 +307,9 @@ def test_what_idles_or_is_computed_again_is_not_there(tmp_path, stage):
     there = {name: set(phase.parts) - {"cache", "gathered", "working"} for name, phase in idle.items()}
     assert all(parts == {"student", "optimiser", "reference", "discriminator"} for parts in there.values())
     assert idle["rollout"].parts["optimiser"] == 0 and idle["policy"].parts["optimiser"] > 0
-    assert idle["policy"].parts["reference"] == 0 and idle["reference"].parts["reference"] > 0
+    # Stage 3 keeps the tower and small parameters there.
+    left = idle["policy"].parts["reference"] / whole["policy"].parts["reference"]
+    assert (left == 0 if stage == 2 else 0 < left < 0.25) and idle["reference"].parts["reference"] > 0
     for name, phase in idle.items():
         assert phase.peak == sum(phase.parts.values()) < whole[name].peak
     assert again["policy"].peak < whole["policy"].peak and again["policy"].seconds > whole["policy"].seconds
