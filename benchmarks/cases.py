@@ -123,7 +123,7 @@ def policy_loss_case(
     inputs |= {
         "response_index": torch.arange(responses).repeat_interleave(RESPONSE_LENGTH),
         "rewards": torch.randint(3, (responses,), generator=generator).float(),
-        "groups": torch.arange(responses) // GROUP_SIZE,
+        "groups": torch.arange(responses) // min(GROUP_SIZE, responses // 2),  # two of them at least
         "behavior_logprobs": policy + noise[0],
         "reference_logprobs": policy + noise[1],
         "beta": 0.01,
