@@ -9,6 +9,7 @@ it runs through the language models, a forward with its backward counted once.
 from __future__ import annotations
 
 import atexit
+import os
 import shutil
 import tempfile
 import time
@@ -90,6 +91,7 @@ class Task:
 
     def loop(self, algorithm: str, group: int, saved: dict, d_path: Path | None, **changes) -> Loop:
         init_distributed()
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it, also where a job of one was there before
         rl = {"algorithm": algorithm, "questions_per_step": len(self.rows), "group_size": group, "beta": BETA}
         loop = Loop(self.config(rl=rl | {"learning_rate": RATE}, **changes), self.folder, self.student, saved, d_path)
         encoder = loop.encoder
@@ -285,7 +287,9 @@ class PlainRIL:
                 response["answer_reward"] = score.reward
         with self.phases("discriminator"):
             self.discriminate(responses)
-        self.update(responses)
+        rewards = torch.tensor([each["answer_reward"] + each["similarity_reward"] for each in responses])
+        groups = torch.tensor([each["slot"] for each in responses])
+        self.update(responses, group_advantages(rewards, groups, kind="dr_grpo"))
         spent = time.perf_counter() - begun
         self.phases.seconds["policy"] += spent - (self.phases.seconds.total() - before)
         self.note["phase_share"] = self.phases.shares()
@@ -307,10 +311,9 @@ class PlainRIL:
             for each, logit in zip(responses, logits().tolist(), strict=True):
                 each["similarity_reward"] = float(logit < 0)
 
-    def update(self, responses: list[dict]) -> None:
+    def update(self, responses: list[dict], advantages: Tensor) -> float:
+        """One update of the student; its loss."""
         encoder, count = self.loop.encoder, len(responses)
-        rewards = torch.tensor([each["answer_reward"] + each["similarity_reward"] for each in responses])
-        advantages = group_advantages(rewards, torch.tensor([each["slot"] for each in responses]), kind="dr_grpo")
         students = torch.tensor([each["source"] == "student" for each in responses])
         own = [each for each in responses if each["source"] == "student"]
         with self.phases("reference"), torch.no_grad():
@@ -340,6 +343,7 @@ class PlainRIL:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        return float(loss.detach())
 
 
 def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
@@ -363,8 +367,13 @@ def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
     save_file({name: value.clone() for name, value in module.state_dict().items()}, d_path / WEIGHTS)
     teachers = [{"name": "other", "path": "tiny:qwen_teacher"}]
     loop = task.loop("ril", group, saved, d_path, teachers=teachers)
-    steps = {PLAIN: PlainRIL(task, loop, saved), RIL: OurStep(loop, task.rows)}
-    return case_of("RIL", num_tokens, f"{group}+{group}", steps, {})
+    plain = PlainRIL(task, loop, saved)
+    steps = {PLAIN: plain, RIL: OurStep(loop, task.rows)}
+    responses = loop.rollout(0, list(enumerate(task.rows)))
+    advantages = torch.linspace(-1, 1, len(responses))
+    ours = loop.update_policy(responses, advantages, PhaseTimer())["loss/policy"]
+    losses = {PLAIN: plain.update(responses, advantages), RIL: ours}
+    return case_of("RIL", num_tokens, f"{group}+{group}", steps, losses)
 
 
 def positions(step: Callable[[], None]) -> int:
@@ -390,7 +399,7 @@ def case_of(kind: str, num_tokens: int, group: int | str, steps: dict, losses: d
     def candidate(step: Callable[[], None], name: str) -> Tensor:
         with torch.enable_grad():
             step()
-        return torch.tensor([losses.get(name, 0.0)])
+        return torch.tensor([losses[name]])
 
     return Case(
         "step",

@@ -15,10 +15,11 @@ import os
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from ril_engine.engine import Engine, write_universal
-from ril_engine.errors import UserError
+from ril_engine.errors import UserError, of_an_exchange
 from ril_engine.runlog import warn
 from ril_engine.stages import on_rank_0, together
 
@@ -135,6 +136,8 @@ def save(run_dir: Path, step: int, engines: dict[str, Engine], about: dict, keep
             os.replace(partial, folder)
             _sync(root)
     except (OSError, RuntimeError) as error:  # torch.save names no errno
+        if of_an_exchange(error) or isinstance(error, torch.OutOfMemoryError):  # no matter of the disk
+            raise
         shutil.rmtree(partial, ignore_errors=True)
         others = sorted(path.name for path in root.glob("step-*"))
         kept = f"{others[-1]} is kept: go on with --resume {run_dir}" if others else "it would have been the first"

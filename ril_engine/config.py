@@ -363,7 +363,11 @@ OWN = {
     "scheduler": "learning_rate and warmup_steps of rl, sft or discriminator",
     "fp16": "deepspeed.bf16",
     "bf16.enabled": "deepspeed.bf16",
+    "bf16.check_grad_overflow": None,  # updates that are not finite are left out
     "zero_optimization.stage": "deepspeed.zero_stage",
+    "zero_optimization.compute_grad_norm": None,
+    "zero_optimization.cpu_offload": "deepspeed.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "deepspeed.offload_parameters",
     "zero_optimization.offload_optimizer.device": "deepspeed.offload_optimizer",
     "zero_optimization.offload_param.device": "deepspeed.offload_parameters",
 }
@@ -407,6 +411,10 @@ class DeepSpeedConfig(Section):
             raise ValueError("offload_idle is true with zero_stage 0, expected 1, 2 or 3: set zero_stage: 1")
         if self.offload_idle and self.bf16 and self.zero_stage == 1:
             raise ValueError("offload_idle is true with bf16 and zero_stage 1, expected 2 or 3: set zero_stage: 2")
+        if self.bf16 and self.zero_stage == 0 and "data_types" in self.extra:
+            raise ValueError(
+                "extra.data_types is set with bf16 and zero_stage 0, expected 1, 2 or 3: remove one of them"
+            )
         for name in ("offload_optimizer", "offload_parameters"):
             if self.offload_idle and getattr(self, name):
                 raise ValueError(f"offload_idle and {name} are both true, and DeepSpeed has one at a time: remove one")
@@ -420,7 +428,8 @@ class DeepSpeedConfig(Section):
             for key in keys:
                 found = found.get(key) if isinstance(found, dict) else None
             if found is not None:
-                raise ValueError(f"{path} is {found!r}, but this engine writes it: set {setting} instead")
+                remedy = "remove it" if setting is None else f"set {setting} instead"
+                raise ValueError(f"{path} is {found!r}, but this engine relies on its own: {remedy}")
         for key, value in extra.items():
             if key in ("bf16", "zero_optimization") and not isinstance(value, dict):
                 raise ValueError(f"{key} is {value!r}, expected a mapping of DeepSpeed's settings: write it as one")

@@ -59,7 +59,7 @@ def exit_code(job: Callable[[], dict]) -> int:
         where = f" for {error.filename}" if error.filename else ""
         message = f"no free disk{where} ({error.strerror}); free some space and start again: finished stages are kept"
     except RuntimeError as error:
-        if not (_of_an_exchange(error) and _bereft_soon()):
+        if not (of_an_exchange(error) and _bereft_soon()):
             raise
         return 1
     except KeyboardInterrupt:
@@ -73,7 +73,8 @@ def exit_code(job: Callable[[], dict]) -> int:
     return code
 
 
-def _of_an_exchange(error: RuntimeError) -> bool:
+def of_an_exchange(error: BaseException) -> bool:
+    """Does it come of another rank, with which this one could not exchange?"""
     dist = _distributed()
     return dist is not None and (isinstance(error, dist.DistError) or "gloo" in str(error))
 

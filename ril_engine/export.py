@@ -14,6 +14,7 @@ from ril_engine import checkpoints
 from ril_engine.config_file import load_config
 from ril_engine.engine import saved_weights
 from ril_engine.errors import UserError
+from ril_engine.loop import vision_tower
 from ril_engine.lora import add_adapters, merged
 from ril_engine.models import load
 from ril_engine.policy import Policy
@@ -42,9 +43,17 @@ def export(run_dir: Path, which: str | None, out: Path) -> dict:
     model, processor = load(start, torch.bfloat16 if config.deepspeed.bf16 else torch.float32)
     if config.rl.lora is not None:
         add_adapters(model, config.rl.lora, seed=0)
+    if not config.rl.train_vision_tower:
+        vision_tower(model).requires_grad_(False)
     # What is frozen may not be in a checkpoint, and is as it was at the start.
-    found = Policy(model).load_state_dict(saved_weights(folder / "student"), strict=False)
-    assert not found.unexpected_keys, found.unexpected_keys
+    policy = Policy(model)
+    found = policy.load_state_dict(saved_weights(folder / "student"), strict=False)
+    trained = {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    if wrong := sorted(trained & set(found.missing_keys)) + found.unexpected_keys:
+        raise UserError(
+            f"checkpoint {folder}: its weights are not those of {about['student']} (first: {wrong[0]}); give the run "
+            "the student back that it began with"
+        )
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial, state_dict=merged(model))

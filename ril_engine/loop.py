@@ -50,7 +50,7 @@ class Loop:
         start = config.student.model_copy(update={"path": student_path})
         model, processor = load(start, training_dtype(config.deepspeed))
         if not rl.train_vision_tower:
-            _tower(model).requires_grad_(False)
+            vision_tower(model).requires_grad_(False)
         adapt(language_model(model), rl.packing, device())
         adapters = None if rl.lora is None else add_adapters(model, rl.lora, seed_of(config.seed, 5) % 2**32)
         self.policy = Policy(model)
@@ -62,7 +62,7 @@ class Loop:
             config=config.deepspeed,
             steps=rl.steps * rl.updates_per_step,
             save_frozen=rl.lora is None,
-            whole=None if rl.train_vision_tower else _tower(model),
+            whole=None if rl.train_vision_tower else vision_tower(model),
             sampled=True,
             **{name: getattr(rl, name) for name in ("learning_rate", "final_learning_rate", "warmup_steps")},
             **{name: getattr(rl, name) for name in ("weight_decay", "max_grad_norm")},
@@ -80,7 +80,7 @@ class Loop:
         """Log-probs of the policy as RIL starts: of the student without its adapters, or of a copy of it."""
         if adapters is None:
             reference = copy.deepcopy(self.policy)
-            freeze(reference, self.config.deepspeed, whole=_tower(reference.model))
+            freeze(reference, self.config.deepspeed, whole=vision_tower(reference.model))
             return reference
 
         def reference(batch: Batch) -> torch.Tensor:
@@ -289,7 +289,7 @@ def _means(losses: list[torch.Tensor], records: list) -> dict[str, Metric]:
     return out | ({} if records[0].kl is None else {"kl": mean("kl", "num_kl_tokens")})
 
 
-def _tower(model) -> nn.Module:
+def vision_tower(model) -> nn.Module:
     name = next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
     return model.model.get_submodule(name)
 

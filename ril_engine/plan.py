@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from ril_engine.config import Config
 from ril_engine.discriminator import Discriminator, discriminator_batch
 from ril_engine.engine import training_dtype
+from ril_engine.errors import UserError
 from ril_engine.families import adapt, language_model
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
@@ -313,8 +314,12 @@ def alternatives(config: Config) -> list[tuple[str, Config]]:
 
     def change(section: str, name: str, value: object) -> None:
         nonlocal config
-        changed = getattr(config, section).model_copy(update={name: value})
-        config = config.model_copy(update={section: changed})
+        tree = config.model_dump()
+        tree[section][name] = value
+        try:
+            config = Config.model_validate(tree)
+        except ValueError:  # such as a cache that does not hold one question
+            return
         said[f"{section}.{name}"] = str(value).lower()
         out.append((" ".join(f"{key}={text}" for key, text in said.items()), config))
 
@@ -344,6 +349,10 @@ def plan(config: Config, *, gpus: int, gpu_memory_gib: float, gpu: str) -> dict:
     Raises:
         UserError: a GPU that is not in the table, or a config that the loop would refuse.
     """
+    if config.rl.lora is not None:
+        raise UserError(
+            "rl.lora is set, and plans know no adapters yet: plan without, which takes more memory: --set rl.lora=null"
+        )
     board, limit = gpu_named(gpu), int(gpu_memory_gib * 2**30)
     phases = Plan(config, gpus, board).phases()
     peak = max(phases, key=lambda phase: phase.peak)
@@ -360,5 +369,8 @@ def plan(config: Config, *, gpus: int, gpu_memory_gib: float, gpu: str) -> dict:
 
 
 def _fits(config: Config, gpus: int, board: GPU, limit: int) -> bool:
-    phases = Plan(config, gpus, board).phases(limit)
+    try:
+        phases = Plan(config, gpus, board).phases(limit)
+    except UserError:  # a student that reads no packs
+        return False
     return bool(phases) and max(each.peak for each in phases) <= limit

@@ -84,24 +84,21 @@ class Trained:
         self.zero = weights.zero
         self.stage, self.bf16 = config.deepspeed.zero_stage, config.deepspeed.bf16
         self.like = self.parameters[0].detach()
-        divided = self.stage or self.bf16
-        self.share = -(-self.count // self.ranks) if divided else self.count  # of the optimiser's parameters
+        self.share = -(-self.count // self.ranks) if self.stage else self.count  # of the optimiser's parameters
         self.owned: Tensor | None = None  # stage 2's gradients of this rank's share
         self.on_host = self.zero.offload_optimizer is not None
         before = ledger.live
-        # bf16 without ZeRO: gradients are added up in float32, whole
-        self.added = self.new(self.count, torch.float32) if self.bf16 and not self.stage else None
         self.kept = [self.new(int(self.zero.reduce_bucket_size))] if self.stage == 3 else []
         if self.on_host:
             if self.stage < 3:  # on its way to the host
                 self.kept.append(self.new(max(each.numel() for each in self.parameters)))
             self.held = ledger.live - before
             return
-        self.masters = self._masters() if divided else []
+        self.masters = self._masters() if self.stage or self.bf16 else []
         if self.stage == 3:
             self.kept.append(self.new(self.share))  # of gradients
         self.optimizer = torch.optim.AdamW(self.masters or self.parameters, lr=1e-6, foreach=ledger.device == "meta")
-        if not divided:
+        if not self.masters:
             for each in self.parameters:  # so that AdamW has its states
                 each.grad = torch.empty_like(each)
         self._update()
@@ -120,8 +117,8 @@ class Trained:
         if not self.masters:
             self.optimizer.step()
         for master in self.masters:
-            flat = self.new(master.numel())  # in the weights' dtype
-            master.grad = flat.to(torch.float32)
+            flat = self.new(master.numel()) if self.stage else None  # in the weights' dtype
+            master.grad = self.new(master.numel(), torch.float32) if flat is None else flat.to(torch.float32)
             del flat
             self.owned = None
             for each in self.parameters:
@@ -153,7 +150,7 @@ class Trained:
 
         if self.stage in (1, 2):
             held.append(self.new(bucket))
-        if self.stage > 1 or self.added is not None:
+        if self.stage > 1:
             handles = [each.register_post_accumulate_grad_hook(reduced) for each in self.parameters]
         try:
             yield
@@ -168,7 +165,7 @@ class Trained:
     def step(self) -> None:
         if self.on_host:
             return
-        if self.stage == 0 and self.added is None:  # a flat copy of the gradients for each all-reduce, of one rank, too
+        if self.stage == 0:  # a flat copy of the gradients for each all-reduce, of one rank, too
             self.new(min(self.count, REDUCED_TOGETHER))
         self._update()
 

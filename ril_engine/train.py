@@ -27,7 +27,7 @@ from ril_engine.errors import OutsideError, UserError, exit_code, leave, require
 from ril_engine.evaluation import evaluate
 from ril_engine.families import language_model
 from ril_engine.locks import held
-from ril_engine.loop import Loop, average, scheduled
+from ril_engine.loop import Loop, average, scheduled, vision_tower
 from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
 from ril_engine.profiling import Profile
@@ -185,16 +185,21 @@ def _train(config: Config, resume: Path | None, claims: ExitStack, profile: bool
 
 
 def _require_alike(config: Config, model, rows: list[dict]) -> None:
-    """With ZeRO ranks wait for one another's gradients, so what reads pictures is trained on all of them or on none."""
+    """With ZeRO ranks wait for one another to reduce gradients, at stage 3 also to gather parameters, so all of them or
+    none read pictures with what is trained or divided. The tower, where frozen, is neither."""
     decoder = {id(each) for each in language_model(model).parameters()}
-    trained = [
-        name for name, each in model.base_model.named_parameters() if each.requires_grad and id(each) not in decoder
+    tower = set() if config.rl.train_vision_tower else {id(each) for each in vision_tower(model).parameters()}
+    divided = config.deepspeed.zero_stage == 3
+    shared = [
+        name
+        for name, each in model.base_model.named_parameters()
+        if id(each) not in decoder and (each.requires_grad or (divided and id(each) not in tower))
     ]
     pictured = sum(bool(pictures(row)) for row in rows)
-    if config.deepspeed.zero_stage and trained and 0 < pictured < len(rows):
+    if config.deepspeed.zero_stage and shared and 0 < pictured < len(rows):
         raise UserError(
             f"deepspeed.zero_stage is {config.deepspeed.zero_stage}, and {pictured} of {len(rows)} questions have a "
-            f"picture, expected all or none of them where {trained[0].split('.')[0]} is trained: set "
+            f"picture, expected all or none of them where {shared[0].split('.')[0]} is trained or divided: set "
             "deepspeed.zero_stage: 0, or rl.train_vision_tower: false if it is true"
         )
 

@@ -59,7 +59,10 @@ def check(path: Path, config: Config | None) -> dict:
     """
     if path.is_dir():
         files = [each for name in SPLITS for each in data_files(path, name) if each.exists()]
-        needed = ("train", config.evaluation.split, *(["sft"] if config.sft.steps else [])) if config else ()
+        needed = ["train", config.evaluation.split] if config else []
+        if config:
+            needed += ["sft"] * bool(config.sft.steps) + ["validation"] * bool(config.rl.evaluate_every)
+            needed = list(dict.fromkeys(needed))
         missing = [name for name in needed if not data_files(path, name)[0].exists()]
     else:
         files, missing = [path], []

@@ -206,7 +206,9 @@ class RILMixin:
         if not self.model.training:  # no teachers then, whom D could tell the student from
             return [None] * len(mine)
         every = gather_object(mine)
+        self._adversary.wake()
         metrics = self._adversary.update(every)
+        self._adversary.rest()
         for name, value in metrics.items():
             self._metrics["train"][name].append(value)
         start = rank * len(mine)

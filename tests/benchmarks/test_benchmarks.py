@@ -105,7 +105,7 @@ def test_a_case_finds_no_memory_of_an_earlier_one(monkeypatch):
         found.append(dict(vars(memory._kept)))
 
     monkeypatch.setattr(runner, "_trim", note)
-    monkeypatch.setattr(runner, "_peak_mib", lambda function, device: found.append("timed"))
+    monkeypatch.setattr(runner, "peak_mib", lambda function, device: found.append("timed"))
     runner.measure(small(), "cpu", rounds=1)
     assert found[0] == {} and found[1] == "timed"
 
@@ -146,7 +146,7 @@ def test_memory_is_the_peak_not_the_sum():
         for _ in range(5):
             torch.empty(2**18).fill_(1.0)  # 1 MiB each, one at a time
 
-    assert runner._peak_mib(work, "cpu") == pytest.approx(1.0, abs=0.01)
+    assert runner.peak_mib(work, "cpu") == pytest.approx(1.0, abs=0.01)
 
 
 def test_the_table_holds_the_newest_row_and_says_what_never_ran(tmp_path):

@@ -37,7 +37,8 @@ def test_rl_alone(trl_case):
 def test_ril():
     case = step_cases.ril_case(32, (2, 4))
     assert wrong(case) == {} and case.tokens[step_cases.RIL] < 0.6 * case.tokens[step_cases.PLAIN]
-    for step in (case.candidates[name] for name in (step_cases.PLAIN, step_cases.RIL)):
-        assert torch.equal(step(), torch.zeros(1))
+    plain, ours = (case.candidates[name]() for name in (step_cases.PLAIN, step_cases.RIL))
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6)
+    assert abs(float(ours)) > 1e-3
     for note in case.notes.values():
         assert {"rollout", "discriminator", "reference", "policy"} <= set(note["phase_share"])

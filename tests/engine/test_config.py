@@ -259,9 +259,18 @@ def test_defaults_are_the_papers(write):
                 ("extra: {zero_optimisation: {}}", "unknown key zero_optimisation: did you mean 'zero_optimization'"),
                 (
                     "extra: {zero_optimization: {stage: 3}}",
-                    "zero_optimization.stage is 3, but this engine writes it: set d",
+                    "zero_optimization.stage is 3, but this engine relies on its own: set d",
                 ),
                 ("extra: {bf16: {enabled: true}}", "bf16.enabled is True, .*: set deepspeed.bf16 instead"),
+                (
+                    "extra: {bf16: {check_grad_overflow: false}}",
+                    "bf16.check_grad_overflow is False, but this engine relies on its own: remove it",
+                ),
+                ("zero_stage: 1, extra: {zero_optimization: {cpu_offload: true}}", "cpu_offload is True, .*: set d"),
+                (
+                    "bf16: true, extra: {data_types: {grad_accum_dtype: fp32}}",
+                    "extra.data_types is set with bf16 and zero_stage 0, expected 1, 2 or 3: remove one of them",
+                ),
                 (
                     "extra: {optimizer: {type: Lamb}}",
                     "optimizer is {'type': 'Lamb'}, .*: set learning_rate and weight_d",

@@ -177,7 +177,7 @@ def test_agrees_with_real_runs(tmp_path):
     threads free tensors that the profiler goes on to count (its figures differed by 8 % from run to run)."""
     cases = [case("20M", 0, "packed", 64), case("20M", 0, "padded", 64), case("20M", 0, "shared", 2)]
     cases += [case("20M", 2, "shared", 64), case("20M", 2, "shared", 2), case("20M", 2, "shared", 16, bf16=True)]
-    cases += [case("20M", 3, "shared", 64)]
+    cases += [case("20M", 3, "shared", 64), case("20M", 0, "shared", 16, bf16=True)]
     errors = off(tmp_path, cases)
     assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=0.1)
 
