@@ -129,10 +129,8 @@ class OurStep:
         self.loop.step(self.number, self.questions, timer)
         self.number += 1
         self.seconds.update(timer.pop())
-        phases = {name: value for name, value in self.seconds.items() if name != "step"}
-        inner = phases.get("reference", 0.0)  # lies inside of the policy's
-        shares = {name: value - inner * (name == "policy") for name, value in phases.items()}
-        self.note["phase_share"] = {name: value / self.seconds["step"] for name, value in shares.items()}
+        whole = self.seconds["step"]
+        self.note["phase_share"] = {name: value / whole for name, value in self.seconds.items() if name != "step"}
 
 
 def frozen(model: nn.Module) -> nn.Module:

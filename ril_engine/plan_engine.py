@@ -108,17 +108,23 @@ class Trained:
         return self.like.new_empty(count, dtype=dtype)
 
     def _masters(self) -> list[Tensor]:
-        """The share in float32; stage 3 updates groups of it, one after another."""
+        """The share in float32; stage 3 updates groups of it, one after another. Without ZeRO each parameter's own."""
+        if not self.stage:
+            return [self.new(each.numel(), torch.float32).requires_grad_() for each in self.parameters]
         size = self.zero.sub_group_size if self.stage == 3 else self.share
         starts = range(0, self.share, size)
         return [self.new(min(size, self.share - start), torch.float32).requires_grad_() for start in starts]
 
     def _update(self) -> None:
-        if not self.masters:
+        if not self.stage:  # in bf16 all gradients are there in float32, too
+            for master in self.masters:
+                master.grad = torch.empty_like(master)
             self.optimizer.step()
-        for master in self.masters:
-            flat = self.new(master.numel()) if self.stage else None  # in the weights' dtype
-            master.grad = self.new(master.numel(), torch.float32) if flat is None else flat.to(torch.float32)
+            for master in self.masters:
+                master.grad = None
+        for master in self.masters if self.stage else ():
+            flat = self.new(master.numel())  # in the weights' dtype
+            master.grad = flat.to(torch.float32)
             del flat
             self.owned = None
             for each in self.parameters:

@@ -266,7 +266,10 @@ def test_defaults_are_the_papers(write):
                     "extra: {bf16: {check_grad_overflow: false}}",
                     "bf16.check_grad_overflow is False, but this engine relies on its own: remove it",
                 ),
-                ("zero_stage: 1, extra: {zero_optimization: {cpu_offload: true}}", "cpu_offload is True, .*: set d"),
+                (
+                    "zero_stage: 1, extra: {zero_optimization: {cpu_offload: true}}",
+                    "zero_optimization.cpu_offload is True, .*: set d",
+                ),
                 (
                     "bf16: true, extra: {data_types: {grad_accum_dtype: fp32}}",
                     "extra.data_types is set with bf16 and zero_stage 0, expected 1, 2 or 3: remove one of them",
