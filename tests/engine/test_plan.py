@@ -174,7 +174,7 @@ def off(folder: Path, cases: list[dict]) -> dict[str, float]:
 
 def test_agrees_with_real_runs(tmp_path):
     """With responses of 2 tokens activations take less than what the update needs. Stage 3 is left more room, since the
-    profiler goes on counting what gloo's threads free: its figures differed by 7 % from run to run, and more of two ranks.
+    profiler goes on counting what threads of gloo free: figures differed by 7 % from run to run, more of two ranks.
     """
     cases = [case("20M", 0, "packed", 64), case("20M", 0, "padded", 64), case("20M", 0, "shared", 2)]
     cases += [case("20M", 2, "shared", 64), case("20M", 2, "shared", 2), case("20M", 2, "shared", 16, bf16=True)]
