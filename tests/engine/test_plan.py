@@ -172,18 +172,21 @@ def off(folder: Path, cases: list[dict]) -> dict[str, float]:
     return out
 
 
-def test_agrees_with_real_runs(tmp_path):
-    """With responses of 2 tokens activations take less than what the update needs. Stage 3 is left more room, since the
-    profiler goes on counting what threads of gloo free: figures differed by 7 % from run to run, more of two ranks.
-    """
-    cases = [case("20M", 0, "packed", 64), case("20M", 0, "padded", 64), case("20M", 0, "shared", 2)]
-    cases += [case("20M", 2, "shared", 64), case("20M", 2, "shared", 2), case("20M", 2, "shared", 16, bf16=True)]
-    cases += [case("20M", 3, "shared", 64), case("20M", 0, "shared", 16, bf16=True)]
-    errors = off(tmp_path, cases)
+def assert_near(errors: dict[str, float]) -> None:
+    """Stage 3 is left more room: the profiler goes on counting what gloo's threads free, so its own figures differed by
+    7 % from run to run, by more of two ranks."""
     loose = {name: error for name, error in errors.items() if "zero_stage=3" in name}
     assert loose == pytest.approx(dict.fromkeys(loose, 0.0), abs=0.2)
     exact = {name: error for name, error in errors.items() if name not in loose}
     assert exact == pytest.approx(dict.fromkeys(exact, 0.0), abs=0.1)
+
+
+def test_agrees_with_real_runs(tmp_path):
+    """With responses of 2 tokens activations take less than what the update needs."""
+    cases = [case("20M", 0, "packed", 64), case("20M", 0, "padded", 64), case("20M", 0, "shared", 2)]
+    cases += [case("20M", 2, "shared", 64), case("20M", 2, "shared", 2), case("20M", 2, "shared", 16, bf16=True)]
+    cases += [case("20M", 3, "shared", 64), case("20M", 0, "shared", 16, bf16=True)]
+    assert_near(off(tmp_path, cases))
 
 
 @pytest.mark.slow
@@ -191,9 +194,8 @@ def test_agrees_with_real_runs(tmp_path):
 def test_agrees_with_larger_real_runs(tmp_path, size, prompt, length):
     packings = ("shared", "packed", "padded")
     cases = [case(size, stage, packing, length, prompt=prompt) for stage in (0, 2) for packing in packings]
-    cases += [case(size, 3, "shared", length, prompt=prompt, ranks=2)]
-    errors = off(tmp_path, cases)
-    assert errors == pytest.approx(dict.fromkeys(errors, 0.0), abs=0.1)
+    cases += [case(size, 3, "shared", length, prompt=prompt)]
+    assert_near(off(tmp_path, cases))
 
 
 def tree_of(folder: Path, name: str, **deepspeed) -> dict:
