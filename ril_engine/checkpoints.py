@@ -9,7 +9,6 @@ you trust.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ import torch.distributed as dist
 from ril_engine.engine import Engine, write_universal
 from ril_engine.errors import UserError, of_an_exchange
 from ril_engine.runlog import warn
-from ril_engine.stages import on_rank_0, together
+from ril_engine.stages import digest, on_rank_0, together
 
 MANIFEST, STATE = "manifest.json", "state.json"
 
@@ -74,23 +73,15 @@ def damage_of(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     except ValueError:
         return [f"{MANIFEST} is not JSON"]
     wrong = []
-    for name, (size, digest) in sorted(files.items())[rank::world]:
+    for name, (size, expected) in sorted(files.items())[rank::world]:
         path = folder / name
         if not path.exists():
             wrong.append(f"{name} is missing")
         elif path.stat().st_size != size:
             wrong.append(f"{name} has {path.stat().st_size} bytes, expected {size}")
-        elif _sha256(path) != digest:
+        elif digest(path) != expected:
             wrong.append(f"{name} has been altered: another SHA-256 than in {MANIFEST}")
     return wrong
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
@@ -168,7 +159,7 @@ def _write(partial: Path, step: int, engines: dict[str, Engine], about: dict) ->
         _sync(path)
     shares: list = [None] * world
     dist.all_gather_object(
-        shares, {str(path.relative_to(partial)): (path.stat().st_size, _sha256(path)) for path in mine}
+        shares, {str(path.relative_to(partial)): (path.stat().st_size, digest(path)) for path in mine}
     )
     if rank == 0:
         files = {name: about for share in shares for name, about in share.items()}
