@@ -102,7 +102,9 @@ def _paper(arguments: argparse.Namespace) -> dict:
     output, seeds = arguments.output or RESULTS / PAPER, arguments.seeds or (2 if arguments.short else 3)
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: expected 1 or more; 3 is usual")
-    form = {"seeds": seeds, "short": arguments.short, "ablations": arguments.ablations, "ranks": arguments.ranks}
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs {arguments.jobs}: expected 1 or more; 2 is usual")
+    form = {"seeds": seeds, "short": arguments.short, "ablations": arguments.ablations, "jobs": arguments.jobs}
     rows = paper.study(output, arguments.work_dir, origin=origin, **form)
     folder = ROOT / "benchmarks" if output == RESULTS / PAPER else output.parent
     return {"rows": rows, "output": str(output), "tables": str(paper.write_tables(output, folder))}
@@ -154,7 +156,7 @@ def main() -> int:
     paper.add_argument("--short", action="store_true", help="two seeds, three methods, less training (minutes)")
     paper.add_argument("--seeds", type=int, help="default: 3, or 2 with --short")
     paper.add_argument("--ablations", action="store_true", help="those of RIL with both teachers, too")
-    paper.add_argument("--ranks", type=int, default=2)
+    paper.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")
     paper.add_argument("--work-dir", type=Path, default=Path("runs/paper"))
     run.add_argument("--output", type=Path, help="another JSONL file")
     run.add_argument("--allow-dirty", action="store_true", help="measure an uncommitted tree; the rows say so")

@@ -1,17 +1,22 @@
 """The paper's comparison at small scale: the digits task, the same questions and number of updates for each method.
 
-`python -m benchmarks run paper` runs what has no row yet at this commit, each as `deepspeed ril_engine/train.py`,
-appends a row per run to results/paper.jsonl, and writes PAPER.md (mean and standard error over seeds, also per kind of
-question) and paper.svg (the curves). `--short` is a form of minutes: two seeds, three methods, less training.
+`python -m benchmarks run paper` runs what has no row yet at this commit, each as `deepspeed ril_engine/train.py`
+on one rank, appends a row per run to results/paper.jsonl, and writes PAPER.md (mean and standard error over seeds, also
+by kind of question) and paper.svg (the curves). `--short` is a form of minutes: two seeds, two methods, less training.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +51,8 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "continuous reward": ("discriminator.similarity_levels=0",),
     "8 teacher responses saved per question": ("responses.per_question=8",),
 }
-SHORT_METHODS = ("Dr.GRPO", "RIL, both")  # and the student before
+FIRST = "RIL, both"
+SHORT_METHODS = ("Dr.GRPO", FIRST)  # and the student before
 SHORT = (
     "sft.steps=900",
     "sft.final_steps=180",
@@ -82,30 +88,38 @@ class Run:
 
 
 def planned(seeds: int, short: bool, ablations: bool) -> list[Run]:
-    """One seed after the other, so that an interrupted study has whole seeds."""
+    """RIL of each seed first: it builds the stages that the seed's other runs share. Then methods and ablations,
+    each seed by seed, so that an interrupted study has whole ones."""
     methods = {name: METHODS[name] for name in SHORT_METHODS} if short else METHODS
-    runs = []
-    for seed in range(seeds):
-        for method, settings in (methods | (ABLATIONS if ablations and not short else {})).items():
-            runs.append(Run(method, seed, (SHORT if short else ()) + settings, short))
-    return runs
+    methods = methods | (ABLATIONS if ablations and not short else {})
+    prefix = SHORT if short else ()
+    runs = [Run(name, seed, prefix + settings, short) for seed in range(seeds) for name, settings in methods.items()]
+    return sorted(runs, key=lambda run: (run.method != FIRST, run.method in ABLATIONS))
 
 
-def study(output: Path, work_dir: Path, seeds: int, short: bool, ablations: bool, ranks: int, origin: dict) -> int:
-    """Runs what has no row of this commit; returns how many rows there are of it.
+def study(output: Path, work_dir: Path, seeds: int, short: bool, ablations: bool, jobs: int, origin: dict) -> int:
+    """Runs what has no row of this commit, `jobs` at a time; returns how many rows there are of it.
 
     Raises:
-        UserError: a run failed; the rows before it are kept.
+        UserError: a run failed; the others' rows are kept.
     """
     done = {(row["method"], row["seed"], row["short"]) for row in _rows(output) if row["commit"] == origin["commit"]}
     runs = planned(seeds, short, ablations)
-    for number, run in enumerate(runs, 1):
-        if run.key in done:
-            continue
-        print(f"run {number} of {len(runs)}: {run.method}, seed {run.seed}", file=sys.stderr, flush=True)
-        result = trained(run, work_dir, ranks)
-        row = {"method": run.method, "seed": run.seed, "short": run.short, "settings": list(run.settings)}
-        append(output, [row | {"curves": curves(Path(result["run_dir"]))} | _kept(result) | origin])
+    todo, began = [run for run in runs if run.key not in done], time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        results = {pool.submit(trained, run, work_dir, jobs): run for run in todo}
+        try:
+            for number, future in enumerate(as_completed(results), 1):
+                run, result = results[future], future.result()
+                row = {"method": run.method, "seed": run.seed, "short": run.short, "settings": list(run.settings)}
+                append(output, [row | {"curves": curves(Path(result["run_dir"]))} | _kept(result) | origin])
+                left = (time.monotonic() - began) / number * (len(todo) - number) / 60
+                greedy = " -> ".join(f"{result['evaluation'][when]['greedy']:.3f}" for when in ("before", "after"))
+                said = f"{number} of {len(todo)}: {run.method}, seed {run.seed}: greedy {greedy}"
+                print(f"{said}; about {left:.0f} min left", file=sys.stderr, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return len(runs)
 
 
@@ -117,30 +131,39 @@ def _rows(output: Path) -> list[dict]:
     return read_jsonl(output) if output.exists() else []
 
 
-def trained(run: Run, work_dir: Path, ranks: int) -> dict:
+def trained(run: Run, work_dir: Path, jobs: int) -> dict:
     """The last line of the main job."""
     settings = (*run.settings, f"seed={run.seed}", f"work_dir={work_dir}")
+    log = work_dir / "logs" / f"{re.sub('[^a-z0-9]+', '-', run.method.lower())}-seed{run.seed}.log"
     if run.method == REJECTION:
-        settings += (f"teachers=[{{name: accepted, responses: {_accepted(settings, work_dir, run.seed, ranks)}}}]",)
-    return _launched(["ril_engine/train.py"], settings, ranks)
+        settings += (f"teachers=[{{name: accepted, responses: {_accepted(settings, work_dir, run.seed, jobs, log)}}}]",)
+    return _launched(["ril_engine/train.py"], settings, jobs, log)
 
 
-def _launched(script: list[str], settings: tuple[str, ...], ranks: int) -> dict:
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), *script]
-    command += ["--config", CONFIG, *(word for each in settings for word in ("--set", each))]
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+def _launched(script: list[str], settings: tuple[str, ...], jobs: int, log: Path) -> dict:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "1", "--master_port", str(port)]
+    command += [*script, "--config", CONFIG, *(word for each in settings for word in ("--set", each))]
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    print(f"{script[0]}: messages in {log}", file=sys.stderr, flush=True)
+    with log.open("a") as messages:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=messages, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        raise UserError(f"{' '.join(command)}: exit code {done.returncode}; its messages are above")
+        raise UserError(f"{' '.join(command)}: exit code {done.returncode}; its messages: {log}")
     return json.loads(lines[-1])
 
 
-def _accepted(settings: tuple[str, ...], work_dir: Path, seed: int, ranks: int) -> Path:
+def _accepted(settings: tuple[str, ...], work_dir: Path, seed: int, jobs: int, log: Path) -> Path:
     """The student's saved answers that the verifier accepts, of the same stage as RIL's: id and text."""
     from ril_engine.verifier import verify
 
     usual = tuple(each for each in settings if each.partition("=")[0] not in {"rl.algorithm", "on_bad_data"})
-    made = _launched(["ril_engine/cli.py", "responses"], (*usual, "rl.group_size=2"), ranks)
+    made = _launched(["ril_engine/cli.py", "responses"], (*usual, "rl.group_size=2"), jobs, log)
     questions = Path(made["data"]) / "train.jsonl"
     answers = {row["id"]: row["answer"] for row in read_jsonl(questions)}
     path = work_dir / f"accepted-seed{seed}.jsonl"

@@ -24,7 +24,9 @@ ORIGIN = {"commit": "0123456789ab", "dirty": False, "time": "2026-01-01T00:00:00
 def test_methods_differ_in_nothing_but_what_they_name():
     runs = paper.planned(seeds=2, short=False, ablations=True)
     assert len(runs) == 2 * (len(paper.METHODS) + len(paper.ABLATIONS))
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert [run.method for run in runs[:2]] == [paper.FIRST] * 2  # it builds what the others of its seed share
+    rest = [(run.method in paper.ABLATIONS, run.seed) for run in runs[2:]]
+    assert rest == sorted(rest)
     for run in runs:
         assert not any(each.startswith(("rl.steps", "sft.", "seed", "data.")) for each in run.settings)
     short = paper.planned(seeds=2, short=True, ablations=True)
@@ -38,9 +40,10 @@ def test_two_methods_run_and_make_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(paper, "SHORT_METHODS", ("RIL, both", paper.REJECTION))
     monkeypatch.setattr("ril_engine.verifier.verify", lambda text, reference: True)
     output = tmp_path / "paper.jsonl"
-    form = {"seeds": 1, "short": True, "ablations": False, "ranks": 1, "origin": ORIGIN}
+    form = {"seeds": 1, "short": True, "ablations": False, "jobs": 2, "origin": ORIGIN}
     assert paper.study(output, tmp_path / "runs", **form) == 2
     rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows.sort(key=lambda row: row["method"])  # two at a time: in the order in which they end
     assert [row["method"] for row in rows] == ["RIL, both", paper.REJECTION]
     assert rows[0]["evaluation"]["before"] == rows[1]["evaluation"]["before"]  # the same student
     assert rows[0]["curves"]["similarity reward"][0][0] == 1 and "similarity reward" not in rows[1]["curves"]
