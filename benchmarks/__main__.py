@@ -14,6 +14,7 @@ from benchmarks import runner
 from benchmarks.case import Case
 from benchmarks.cases import OPS, all_cases
 from benchmarks.report import KERNELS, PAPER, write_results
+from benchmarks.summary import print_summary
 from ril_engine.errors import UserError, exit_code
 
 ROOT = Path(__file__).parents[1]
@@ -73,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> dict:
         raise UserError(f"--rounds {arguments.rounds}: expected 1 or more; {ROUNDS} is usual")
     origin = _origin(arguments, device)
     output = arguments.output or RESULTS / f"{device}.jsonl"
-    written, faults = 0, []
+    written, faults = [], []
     for case in _cases(arguments):
         wrong = runner.wrong(case)
         for candidate, what in wrong.items():
@@ -84,15 +85,16 @@ def _run(arguments: argparse.Namespace) -> dict:
         rounds = min(arguments.rounds, case.max_rounds or arguments.rounds)
         rows = runner.rows_of(case, runner.measure(case, device, rounds), rounds, origin)
         runner.append(output, rows)
-        written += len(rows)
+        written += rows
         print(case.name, file=sys.stderr)
         for row in rows:
             _print_row(row)
+    print_summary(written)
     if faults:
         raise UserError(
             f"{len(faults)} wrong results, first: {faults[0]}; repair the candidate, times would mean nothing"
         )
-    return {"rows": written, "output": str(output)}
+    return {"rows": len(written), "output": str(output)}
 
 
 def _paper(arguments: argparse.Namespace) -> dict:

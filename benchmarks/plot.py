@@ -9,6 +9,8 @@ from benchmarks.case import BOTH, NO_GRAD
 
 # The first words of a case's name; a line each, in this order.
 MAIN = (
+    "step RL alone P=256",
+    "step RIL P=1024",
     "policy_pack 14 x 14 picture",
     "policy_pack 28 x 32 picture",
     "policy_pack text only",

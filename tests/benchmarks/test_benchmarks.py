@@ -4,16 +4,19 @@ import json
 import subprocess
 import sys
 from functools import partial
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from benchmarks import __main__ as command
 from benchmarks import runner
 from benchmarks.cases import all_cases, group_advantages_case, token_logprob_case
 from benchmarks.report import write_results
+from benchmarks.summary import WIDTH, print_summary, summary_rows
 from ril_engine.errors import UserError
 from ril_kernels.token_logprob import memory
 
@@ -171,6 +174,19 @@ def test_the_table_holds_the_newest_row_and_says_what_never_ran(tmp_path):
     assert "Nothing here was run on a GPU" not in text and "## a GPU" in text
     with pytest.raises(UserError, match="no rows; run `python -m benchmarks run` first"):
         write_results(tmp_path / "none", tmp_path / "RESULTS.md")
+
+
+def test_a_run_ends_with_a_line_per_case():
+    def row(candidate: str, ratio: float, each: str = "both", **more: object) -> dict:
+        return {"case": "op T=8", "candidate": candidate, "pass": each, "ratio": {"p50": ratio}, **more}
+
+    rows = [row("reference", 1.0, peak_mib=10.4), row("ril_kernels", 0.5, floor_share=0.6, peak_mib=2.0)]
+    rows += [row("ril_kernels", 0.1, "no-grad"), row("peer", 0.7), row("other peer", 0.8), row("floor", 0.3)]
+    assert summary_rows(rows) == [("op T=8", "reference", "0.50", "0.70 peer", "60%", "2 of 10")]
+    rows = [row("padded", 1.0, "no-grad"), row("shared", 0.25, "no-grad"), {**row("x", 1.0), "case": "none of ours"}]
+    assert summary_rows(rows) == [("op T=8", "padded", "0.25", "", "", "")]
+    print_summary(rows, console := Console(file=StringIO(), width=WIDTH))
+    assert "op T=8 │ padded   │ 0.25" in console.file.getvalue()
 
 
 def test_share_of_a_gpus_peak(monkeypatch):
