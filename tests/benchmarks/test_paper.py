@@ -68,7 +68,8 @@ def test_tables_and_curves(tmp_path):
     rows += [row("D none", 0, 0.65), row("RIL, both", 0, 0.3, short=True)]
     (tmp_path / "paper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     text = paper.write_tables(tmp_path / "paper.jsonl", tmp_path).read_text()
-    assert "| RIL, both | 2 | 80.0 ± 10.0 | 70.0 ± 10.0 | 5.0 ± 0.0 |" in text  # the newest row of seed 0
-    assert f"| {paper.BASE} | 2 | 50.0 ± 0.0 |" in text and "| D none | 1 | 65.0 |" in text
+    assert "| RIL, both | 2 | 80.0 ± 10.0 | 70.0 ± 10.0 |  |  | 5.0 ± 0.0 |" in text  # the newest row of seed 0
+    assert f"| {paper.BASE} | 2 | 50.0 ± 0.0 | 40.0 ± 0.0 | -30.0 ± 10.0 | -30.0 ± 10.0 |" in text
+    assert "| D none | 1 | 65.0 | 55.0 | -5.0 | -5.0 | 5.0 |" in text  # less RIL of the same seed
     assert "| RIL, both | 1 | 30.0 |" in text.partition("## Short form")[2]
     assert (tmp_path / "paper.svg").read_text().count("RIL, both") == 1
