@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import paper
+from ril_engine.errors import UserError
 
 TOY = (
     "data.digits.train_questions=18",
@@ -64,12 +65,17 @@ def row(method: str, seed: int, greedy: float, short: bool = False) -> dict:
 
 
 def test_tables_and_curves(tmp_path):
-    rows = [row("Dr.GRPO", 0, 0.6), row("RIL, both", 0, 0.1), row("RIL, both", 0, 0.7), row("RIL, both", 1, 0.9)]
+    rows = [{**row("RIL, both", 0, 0.1), "commit": "an older one"}, row("Dr.GRPO", 0, 0.6)]
+    rows += [row("RIL, both", 0, 0.7), row("RIL, both", 1, 0.9)]
     rows += [row("D none", 0, 0.65), row("RIL, both", 0, 0.3, short=True)]
     (tmp_path / "paper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     text = paper.write_tables(tmp_path / "paper.jsonl", tmp_path).read_text()
-    assert "| RIL, both | 2 | 80.0 ± 10.0 | 70.0 ± 10.0 |  |  | 5.0 ± 0.0 |" in text  # the newest row of seed 0
+    assert "| RIL, both | 2 | 80.0 ± 10.0 | 70.0 ± 10.0 |  |  | 5.0 ± 0.0 |" in text
     assert f"| {paper.BASE} | 2 | 50.0 ± 0.0 | 40.0 ± 0.0 | -30.0 ± 10.0 | -30.0 ± 10.0 |" in text
     assert "| D none | 1 | 65.0 | 55.0 | -5.0 | -5.0 | 5.0 |" in text  # less RIL of the same seed
     assert "| RIL, both | 1 | 30.0 |" in text.partition("## Short form")[2]
     assert (tmp_path / "paper.svg").read_text().count("RIL, both") == 1
+    rows[1]["evaluation"]["before"]["greedy"] = 0.6
+    (tmp_path / "paper.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows[:3]))
+    with pytest.raises(UserError, match=r"RIL, both, seed 0, began with 0\.5 greedy, others of the seed with 0\.6"):
+        paper.write_tables(tmp_path / "paper.jsonl", tmp_path)
