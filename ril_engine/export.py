@@ -14,7 +14,7 @@ from ril_engine import checkpoints
 from ril_engine.config_file import load_config
 from ril_engine.engine import saved_weights
 from ril_engine.errors import UserError
-from ril_engine.loop import vision_tower
+from ril_engine.families import vision_tower
 from ril_engine.lora import add_adapters, merged
 from ril_engine.models import load
 from ril_engine.policy import Policy

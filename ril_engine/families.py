@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
 
@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ril_engine.errors import UserError
+from ril_engine.placement import to_device
 from ril_kernels import prefix_attention
 
 ATTENTION = "ril_prefix_attention"
 # Language models whose layers hand their keyword arguments on to the attention function, each tested.
 PACKED = ("llama", "qwen2", "qwen2_5_vl_text", "qwen2_vl_text", "qwen3")
+# Of what a vision tower gives the one thing that its model reads, by the model's type.
+SEEN = {"qwen2_vl": "pooler_output", "qwen2_5_vl": "pooler_output", "internvl": "last_hidden_state"}
 
 
 def language_model(model) -> nn.Module:
@@ -31,6 +34,36 @@ def language_model(model) -> nn.Module:
             "norm, expected a decoder laid out as Llama's or Qwen's; choose another student"
         )
     return decoder
+
+
+def vision_tower(model) -> nn.Module:
+    name = next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
+    return getattr(model.model, name)
+
+
+def look_once(model) -> Callable[[dict[str, Tensor]], Tensor] | None:
+    """Let a frozen vision tower's forward give what it is given in the place of pixels, and return what looks: it takes
+    a prompt's tensors and gives what the tower makes of their pixels, on the tower's device. So rollout, reference and
+    policy, which have the same tower, need one look at a picture. None, and nothing changed, where the model reads more
+    of its tower's output than SEEN knows of.
+    """
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    name = SEEN.get(model.config.model_type)
+    if name is None or getattr(model.config, "vision_feature_layer", -1) != -1:
+        return None
+    tower = vision_tower(model)
+    theirs = tower.forward
+
+    @torch.no_grad()
+    def look(prompt: dict[str, Tensor]) -> Tensor:
+        weight = next(tower.parameters())
+        pixels = to_device(prompt["pixel_values"], weight.device).to(weight.dtype)
+        grid = {"grid_thw": to_device(prompt["image_grid_thw"], weight.device)} if "image_grid_thw" in prompt else {}
+        return theirs(pixels, **grid)[name]
+
+    tower.forward = lambda pixel_values, *args, **kwargs: BaseModelOutputWithPooling(**{name: pixel_values})
+    return look
 
 
 def why_not_packable(config) -> str | None:

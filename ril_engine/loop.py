@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from transformers import set_seed
 
 from ril_engine.adversary import Adversary
 from ril_engine.config import Config
 from ril_engine.engine import Engine, device, freeze, rest, training_dtype, wake
 from ril_engine.errors import OutsideError, UserError
-from ril_engine.families import adapt, language_model
+from ril_engine.families import adapt, language_model, look_once, vision_tower
 from ril_engine.lora import add_adapters, without
 from ril_engine.models import Batch, Encoder, load
 from ril_engine.packing import micro_batches
@@ -49,14 +48,17 @@ class Loop:
         self.meeting = dist.new_group(backend="gloo", timeout=timedelta(days=365))
         start = config.student.model_copy(update={"path": student_path})
         model, processor = load(start, training_dtype(config.deepspeed))
+        look = None
         if not rl.train_vision_tower:
             vision_tower(model).requires_grad_(False)
+            # With offload_idle it is on the host while a batch is made.
+            look = None if config.deepspeed.offload_idle else look_once(model)
         adapt(language_model(model), rl.packing, device())
         adapters = None if rl.lora is None else add_adapters(model, rl.lora, seed_of(config.seed, 5) % 2**32)
         self.policy = Policy(model)
         self.beta = rl.beta if rl.algorithm != "sft" else 0.0
         self.reference = self._reference(adapters) if self.beta > 0 else None
-        self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels)
+        self.encoder = Encoder(model, processor, data_dir, config.data.max_image_pixels, look)
         self.student = Engine(
             self.policy,
             config=config.deepspeed,
@@ -287,11 +289,6 @@ def _means(losses: list[torch.Tensor], records: list) -> dict[str, Metric]:
     out |= {"clip/low": mean("clip_low_fraction"), "clip/high": mean("clip_high_fraction")}
     out["ratio/max"] = max(of["ratio_max"])
     return out | ({} if records[0].kl is None else {"kl": mean("kl", "num_kl_tokens")})
-
-
-def vision_tower(model) -> nn.Module:
-    name = next(name for name in ("visual", "vision_tower", "vision_model") if hasattr(model.model, name))
-    return model.model.get_submodule(name)
 
 
 def _describe(responses: list[dict], advantages: torch.Tensor) -> dict[str, Metric]:

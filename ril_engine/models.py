@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +24,7 @@ from ril_engine.placement import to_device
 from ril_engine.questions import image_path, parts, pictures
 
 CACHED_PROMPTS = 4096
-CACHED_BYTES = 2**30  # of their pixels: 20 MB are usual for a picture of a million pixels
+CACHED_BYTES = 2**30  # 20 MB of pixels are usual for a picture of a million, a fifth of it where a tower has looked
 IMAGE_BYTES = 2**26  # of a picture's file; a larger one is refused
 
 
@@ -164,12 +165,13 @@ def image_url(folder: Path, name: str, max_pixels: int) -> str:
 
 
 class Encoder:
-    """Questions and responses -> token ids and pixels of one model family."""
+    """Questions and responses -> token ids and pixels of one model family; with `look` (`families.look_once`), what a
+    frozen vision tower makes of the pixels, which is kept for as long as they would be."""
 
-    def __init__(self, model, processor, folder: Path, max_pixels: int):
+    def __init__(self, model, processor, folder: Path, max_pixels: int, look: Callable | None = None):
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.rope_index = getattr(model.base_model, "get_rope_index", None)
-        self.folder, self.max_pixels = Path(folder), max_pixels
+        self.folder, self.max_pixels, self.look = Path(folder), max_pixels, look
         eos = model.generation_config.eos_token_id
         self.eos_ids = list(eos) if isinstance(eos, (list, tuple)) else [eos]
         self.pad_id = self.tokenizer.pad_token_id
@@ -196,6 +198,8 @@ class Encoder:
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
         encoded = dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
+        if self.look is not None and images:
+            encoded["pixel_values"] = self.look(encoded).cpu()
         self._prompts[key] = encoded
         self._cached_bytes += _size(encoded)
         while len(self._prompts) > CACHED_PROMPTS or (self._cached_bytes > CACHED_BYTES and len(self._prompts) > 1):

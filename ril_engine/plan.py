@@ -20,7 +20,7 @@ from ril_engine.config import Config
 from ril_engine.discriminator import Discriminator, discriminator_batch
 from ril_engine.engine import training_dtype
 from ril_engine.errors import UserError
-from ril_engine.families import adapt, language_model
+from ril_engine.families import adapt, language_model, look_once, vision_tower
 from ril_engine.gpus import GPU, gpu_named
 from ril_engine.ledger import Ledger, counted
 from ril_engine.packing import micro_batches
@@ -65,6 +65,7 @@ class Plan:
         self.dtype = training_dtype(config.deepspeed)
         rl, self.zero_stage = config.rl, config.deepspeed.zero_stage
         self.teachers = rl.algorithm in ("ril", "sft")
+        self.look_seconds = 0.0  # of a frozen vision tower, at a question's picture
         self.idle: dict[str, int] = {}  # bytes of what waits on the host where a phase does not need it
         self.samples, self.only = rl.algorithm != "sft", only
         self.model = fake_model(self.hf_config, ledger, self.dtype)
@@ -106,7 +107,11 @@ class Plan:
         config, rl, ledger = self.config, self.config.rl, self.ledger
         for decoder in self.decoders:
             adapt(decoder, rl.packing, torch.device("cuda" if self.on_gpu else "cpu"))
-        tower = None if rl.train_vision_tower else _tower(self.model).requires_grad_(False)
+        tower = None if rl.train_vision_tower else vision_tower(self.model).requires_grad_(False)
+        once = tower is not None and not config.deepspeed.offload_idle
+        self.look = look_once(self.model) if once else None
+        if self.reference is not None and once:
+            look_once(self.reference)
         policy = Policy(self.model).train()
         self.weights = Weights(policy, config, ledger, self.ranks, tower)
         held = {"student": self.weights.held}
@@ -119,7 +124,7 @@ class Plan:
         reference = of_reference = of_judge = judge = None
         if self.reference is not None:
             reference = Policy(self.reference).requires_grad_(False).eval()
-            of_reference = Weights(reference, self._of_frozen(), ledger, self.ranks, _tower(self.reference))
+            of_reference = Weights(reference, self._of_frozen(), ledger, self.ranks, vision_tower(self.reference))
             held["reference"] = of_reference.held
         if self.judged is not None:
             of_judge = Weights(self.judged, config if self._updates_d else self._of_frozen(), ledger, self.ranks)
@@ -181,6 +186,14 @@ class Plan:
     def _there(self, values):
         return tree_map_only(Tensor, lambda each: each.to(self.device), values)
 
+    def _see(self) -> float:
+        """Seconds of a look at a question's picture; from the first on the prompt holds what a frozen tower saw."""
+        if self.look is not None:
+            self.ledger.seconds = 0.0
+            self.questions.see(self.look)
+            self.look_seconds, self.look = self.ledger.seconds, None
+        return self.look_seconds
+
     def _responses(self) -> int:
         """Of a question, over student and teachers."""
         return self.config.rl.group_size * (self.samples + self.teachers)
@@ -196,8 +209,7 @@ class Plan:
         config, ledger = self.config, self.ledger
         self.model.eval()
         count = -(-config.rl.questions_per_step // self.ranks)
-        prompts = [self.questions.prompt({})] * count
-        tokens = prompts[0]["input_ids"].shape[1]
+        tokens = self.questions.prompt({})["input_ids"].shape[1]
         group, limit = config.rl.group_size, config.sampling.max_new_tokens
 
         def work() -> None:
@@ -205,6 +217,8 @@ class Plan:
             sampler.graphs.keep = lambda tensors: None  # no address to keep
             before = ledger.live
             with torch.no_grad():
+                looks, ledger.seconds = count * self._see(), 0.0
+                prompts = [self.questions.prompt({})] * count
                 sampler._prepare(prompts, group, seed=0)
                 held["cache"] = ledger.live - before
                 slots, _, longest, own = sampler._shape
@@ -213,7 +227,7 @@ class Plan:
                 prefills = ledger.seconds * count / entering
                 ledger.seconds = 0.0
                 sampler.step(slots * group, longest, own, greedy=False)
-            ledger.seconds = prefills + ledger.seconds * limit * count / slots
+            ledger.seconds = looks + prefills + ledger.seconds * limit * count / slots
             self.sampler = sampler
 
         with self._gathered(held, self.weights):
@@ -254,6 +268,9 @@ class Plan:
         self, student: Trained, reference: Policy | None, of_reference: Weights | None, held: dict[str, int]
     ) -> list[Phase]:
         config, rl = self.config, self.config.rl
+        # Questions that this rank trains on and has not sampled: of one rank none, else it may be all.
+        looks = self._see() * -(-rl.questions_per_step // self.ranks)
+        looks *= self.ranks > 1 or not self.samples or self.only is not None
         each = self._responses()
         keys = [slot for slot in range(rl.questions_per_step) for _ in range(each)]
         prompt = self.questions.prompt({})["input_ids"].shape[1]
@@ -286,6 +303,7 @@ class Plan:
         updates, weights = rl.updates_per_step, self.weights
         with self._gathered(held, weights, weights.to_train):
             phase = self._phase("policy", held, update)
+        phase.seconds += looks
         phases.append(self._exchange(phase, *_bytes(weights, 2 * times * updates)))
         phase = self._phase("optimiser step", held, lambda: student.step() or updates)
         phases.append(self._exchange(phase, updates * student.sent(times), updates * student.over_host(times)))
@@ -302,10 +320,6 @@ def _bytes(weights: Weights, gathers: float, trained: Trained | None = None, mic
     if trained is not None:
         sent, over_host = sent + trained.sent(micro_batches), over_host + trained.over_host(micro_batches)
     return sent, over_host
-
-
-def _tower(model) -> nn.Module:
-    return model.model.get_submodule("vision_tower" if hasattr(model.model, "vision_tower") else "visual")
 
 
 def alternatives(config: Config) -> list[tuple[str, Config]]:

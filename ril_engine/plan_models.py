@@ -79,6 +79,12 @@ class Questions(Encoder):
     def prompt(self, question: dict) -> dict[str, Tensor]:
         return self._prompt
 
+    def see(self, look: Callable[[dict[str, Tensor]], Tensor]) -> None:
+        """From now on the prompt holds what a frozen vision tower makes of its pixels (`families.look_once`)."""
+        if "pixel_values" in self._prompt:
+            seen = look(self._prompt)
+            self._prompt = {**self._prompt, "pixel_values": torch.zeros(seen.shape, dtype=seen.dtype)}
+
 
 def _prompt(config, text_tokens: int, image_tokens: int) -> dict[str, Tensor]:
     """Text and a picture of about so many tokens, as the processor of a model's family gives them; 0: no picture."""

@@ -40,6 +40,9 @@ COLOURS = {
     "sampled": "#2fa37c",
     "spread": "#2f81d6",
     "all zero": "#8a94a6",
+    "clipped below": "#2f81d6",
+    "clipped above": "#e0762f",
+    "cut": "#8a94a6",
 }
 TEACHER_COLOURS = ("#e0762f", "#2fa37c", "#d1a52c", "#c0362c", "#8a94a6")
 PHASE_COLOURS = ("#2f81d6", "#9a63d8", "#d1a52c", "#e0762f", "#2fa37c", "#8a94a6")
@@ -59,6 +62,8 @@ PANELS = {  # title: (what to read from it, y axis), in the page's order
     "KL to the reference policy": ("How far the student has moved.", "linear"),
     "Learning signal": ("Spread of advantages; share of questions where all are zero.", "linear"),
     "Response length": ("Mean tokens per response.", "linear"),
+    "Entropy": ("Of the student's distribution over the next token, in nats.", "linear"),
+    "Left out": ("Share of tokens that the clip stops, and of the student's responses that the limit cuts.", "linear"),
     "Policy loss": ("Near 0 by design; not a measure of quality.", "linear"),
     "Discriminator loss": ("0.69 is guessing.", "linear"),
     "Gradient norms": ("Before clipping; logarithmic.", "log"),
@@ -83,6 +88,10 @@ CURVES = {  # metric: (panel, label)
     "zero_advantage_groups": ("Learning signal", "all zero"),
     "length/student": ("Response length", "student"),
     "length/teacher": ("Response length", "teachers"),
+    "entropy": ("Entropy", "student"),
+    "clip/low": ("Left out", "clipped below"),
+    "clip/high": ("Left out", "clipped above"),
+    "truncated": ("Left out", "cut"),
     "loss/policy": ("Policy loss", "student"),
     "loss/discriminator": ("Discriminator loss", "D"),
     "grad_norm/student": ("Gradient norms", "student"),
@@ -244,7 +253,7 @@ def _curves(rows: list[dict]) -> str:
 
 
 def _picture(data_dir: Path, name: str, sample_id: str) -> str:
-    """An <img> with the picture inside it; small ones are shown pixel by pixel."""
+    """An <img> with the picture inside it, or its name where it is gone; small ones are shown pixel by pixel."""
     root = data_dir.resolve()
     path = (root / name).resolve()
     if not path.is_relative_to(root):
@@ -252,8 +261,8 @@ def _picture(data_dir: Path, name: str, sample_id: str) -> str:
     try:
         with Image.open(path) as opened:
             image = opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"sample {sample_id}: image {path}: {error}; give the data folder of the run") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return f'<p class="soft">{escape(str(name))} is no longer there, or no picture</p>'
     image.thumbnail((512, 512))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
@@ -274,10 +283,10 @@ def _sample(row: dict, data_dir: Path) -> str:
         for r in sorted(row["responses"], key=lambda r: r["source"] != "student")
     )
     picture = "".join(_picture(data_dir, name, str(row["id"])) for name in pictures(row))
-    reference = escape(row["answer"] or "none")
+    reference = escape(str(row["answer"] or "none"))
     return (
         f'<div class="sample">{picture}<div><p><b>{escape(row["question"])}</b><br>Reference answer: '
-        f'<b>{reference}</b> <span class="soft">{escape(row["kind"] or "")} {escape(str(row["id"]))}'
+        f'<b>{reference}</b> <span class="soft">{escape(str(row["kind"] or ""))} {escape(str(row["id"]))}'
         '</span></p><div class="scroll"><table><tr><th>source</th><th class="text">response</th><th>answer</th>'
         f"<th>similarity</th><th>advantage</th></tr>{lines}</table></div></div></div>"
     )
@@ -337,7 +346,7 @@ def write_report(run_dir: Path, data_dir: Path) -> Path:
     """Write run_dir/report.html from the run's own files; pictures of sample answers come from data_dir.
 
     Raises:
-        UserError: result.json or metrics are missing, or a sample's image is unreadable or outside data_dir.
+        UserError: result.json or metrics are missing, or a sample's image is outside data_dir.
     """
     run_dir, data_dir = Path(run_dir), Path(data_dir)
     metrics, samples, result_path = (run_dir / name for name in ("metrics.jsonl", "samples.jsonl", "result.json"))
@@ -350,13 +359,14 @@ def write_report(run_dir: Path, data_dir: Path) -> Path:
     name, teachers = ALGORITHMS.get(result["algorithm"], result["algorithm"]), ", ".join(result["teachers"])
     title = escape(f"{name} with {teachers}" if teachers else name)
     date = datetime.fromtimestamp(result_path.stat().st_mtime).strftime("%d %B %Y, %H:%M")
+    about = f"seed {result['seed']} · finished {date} · {run_dir}"
     config = run_dir / "config.yaml"
     settings = escape(config.read_text(encoding="utf-8")) if config.exists() else "not written by this run"
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1"><style>{STYLE}</style></head><body>'
-        f'<h1>{title}</h1><p class="soft">seed {result["seed"]} · finished {date} · {escape(str(run_dir))}</p>'
+        f'<h1>{title}</h1><p class="soft">{escape(about)}</p>'
         f"{_numbers(result)}<h2>Accuracy on held-out questions</h2>"
         f'<p class="soft">Each question kind: greedy decoding.</p>{_accuracy(**result["evaluation"])}'
         f'<h2>Training</h2><p class="soft">Pale: each step. Strong: moving average.</p>{_curves(rows)}'

@@ -25,9 +25,9 @@ from ril_engine.config_file import load_config
 from ril_engine.engine import init_distributed, to_deepspeed
 from ril_engine.errors import OutsideError, UserError, exit_code, leave, require_free_disk
 from ril_engine.evaluation import evaluate
-from ril_engine.families import language_model
+from ril_engine.families import language_model, vision_tower
 from ril_engine.locks import held
-from ril_engine.loop import Loop, average, scheduled, vision_tower
+from ril_engine.loop import Loop, average, scheduled
 from ril_engine.lora import merged
 from ril_engine.models import require_packable_student
 from ril_engine.profiling import Profile

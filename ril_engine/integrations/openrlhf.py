@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 
+import torch
 from torch import Tensor, nn
 
 from ril_kernels import token_logprob
@@ -19,8 +20,9 @@ from ril_kernels import token_logprob
 def use_fused_logprob(actor: nn.Module) -> None:
     """Let an actor's forward score tokens from hidden states: its logits (B, S, V) are never made.
 
-    Its output holds the hidden states under "logits" then, so it is for calls that return log-probs or entropies, as
-    OpenRLHF's trainers make them. Under ZeRO-3 the head's own module gathers its weight, forward and backward.
+    In such a forward the head gives log-prob and, if it is asked for, entropy (B, S, 2), which its output then holds
+    under "logits"; a call that returns neither runs as before. All of it happens inside the head's own forward, where
+    ZeRO-3 gathers its weight for forward and backward.
 
     Raises:
         TypeError: not an Actor of OpenRLHF.
@@ -38,23 +40,30 @@ def use_fused_logprob(actor: nn.Module) -> None:
 
     def forward(self, *args, **kwargs):
         asked = signature.bind(*args, **kwargs).arguments
-        if asked.get("action_mask") is None and not asked.get("return_logprobs") and not asked.get("return_entropy"):
+        entropy = bool(asked.get("return_entropy"))
+        if asked.get("action_mask") is None and not asked.get("return_logprobs") and not entropy:
             return theirs(*args, **kwargs)
-        head = self.model.get_output_embeddings()
+        head, tau = self.model.get_output_embeddings(), self.temperature
+        labels = asked["sequences"].roll(-1, dims=1)
 
-        def scored(states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # (B, S, H) and (B, S) -> (B, S) each
-            def fused(module, states, labels):
-                flat = states.to(module.weight.dtype).flatten(0, 1)
-                return token_logprob(flat, module.weight, labels.flatten(), return_entropy=True)
+        def unpad(*args):  # packed samples
+            nonlocal labels
+            found = home_unpad(*args)
+            labels = found[2]
+            return found
 
-            with _replaced(head, "forward", MethodType(fused, head)):
-                return tuple(value.view(labels.shape) for value in head(states, labels))
+        def scored(module, states: Tensor) -> Tensor:  # (B, S, H) -> (B, S, 2), or 1 without an entropy
+            flat = states.to(module.weight.dtype).flatten(0, 1)
+            values = token_logprob(flat, module.weight, labels.flatten(), temperature=tau, return_entropy=entropy)
+            return torch.stack(values if entropy else (values,), dim=-1).view(*labels.shape, -1)
 
-        # Their temperature divides what they take for logits, here the states: without a bias that is the same.
+        home_unpad = home.unpad_and_slice_tensor
+        # What they take for logits is divided by the temperature on its way.
         changes = (
-            (head, "forward", MethodType(lambda module, states: states, head)),
-            (home, "log_probs_from_logits", lambda states, labels: scored(states, labels)[0]),
-            (home, "compute_entropy", lambda states: scored(states, states.new_zeros(states.shape[:-1]).long())[1]),
+            (head, "forward", MethodType(scored, head)),
+            (home, "unpad_and_slice_tensor", unpad),
+            (home, "log_probs_from_logits", lambda values, _: values[..., 0] * tau),
+            (home, "compute_entropy", lambda values: values[..., 1] * tau),
         )
         with ExitStack() as stack:
             for owner, name, value in changes:

@@ -11,16 +11,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from fractions import Fraction
 from functools import wraps
+from pathlib import Path
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ril_engine.rollout.response import seed_of
+from ril_engine.teachers import divide
 from ril_kernels import token_logprob
 
 OUTPUTS = {"log_probs", "entropy"}
+D_FOLDER = "discriminator"
 
 
 def use_fused_logprob(trainer) -> None:
@@ -123,9 +128,13 @@ class RILMixin:
     """RIL in TRL's GRPOTrainer: `class RILTrainer(RILMixin, GRPOTrainer): pass`.
 
     Half of each group's `num_generations` completions are teachers' texts, drawn without replacement from the dataset's
-    column `teacher_responses` (a list of texts for each question); the student generates the other half. The last
-    reward function is D's similarity reward, after D's update on the step's texts (arXiv 2510.19307, Algorithm 2). All
-    texts of a step go to D together, so `steps_per_generation` and the batch size say how many those are.
+    column `teacher_responses`: a list of texts for each question, or a list of lists, one for each teacher, which share
+    alike. The student generates the other half. The last reward function is D's similarity reward, after D's update on
+    the step's texts (arXiv 2510.19307, Algorithm 2), so `reward_weights` has one number more. All of a step go to D
+    together: `steps_per_generation` and the batch size say how many those are. D is kept in the trainer's checkpoints.
+
+    RIL's policy update is `loss_type="dr_grpo", scale_rewards="none"` with `beta` > 0. TRL's KL covers teachers' tokens
+    as well, where the engine's `rl.kl_on` has the student's alone by default.
 
     Args of the constructor, besides GRPOTrainer's:
         adversary: `ril_engine.adversary.Adversary`, D with the engine that trains it.
@@ -161,12 +170,11 @@ class RILMixin:
             self.num_generations = group
         prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images = made
         for start in range(0, len(prompts), group):
-            texts = self._teachers(self._rows[start], group // 2)
             place = start + group // 2
+            texts, ids = zip(*map(self._response, self._teachers(start, group // 2)), strict=True)
             for values in (prompt_ids, images, tool_images):
                 if values:
                     values[place:place] = [values[start]] * len(texts)
-            ids = [self._tokens(text) for text in texts]
             completion_ids[place:place] = ids
             talk = isinstance(completions[start], list)
             completions[place:place] = [[{"role": "assistant", "content": t}] if talk else t for t in texts]
@@ -176,21 +184,49 @@ class RILMixin:
                 tool_mask[place:place] = [[1] * len(each) for each in ids]
         return prompt_ids, completion_ids, tool_mask, completions, logprobs, extra, images, tool_images
 
-    def _teachers(self, row: dict, count: int) -> list[str]:
-        texts = row.get("teacher_responses") or []
-        if len(texts) < count:
+    def _teachers(self, start: int, count: int) -> list[str]:
+        """Of the group that starts there. What is drawn is another draw for each group, process and step."""
+        found = self._rows[start].get("teacher_responses") or []
+        pools = [found] if all(isinstance(each, str) for each in found) else found
+        pools = {str(number): texts for number, texts in enumerate(pools)}
+        available = {name: len(texts) for name, texts in pools.items()}
+        if sum(available.values()) < count:
             raise ValueError(
-                f"teacher_responses: got {len(texts)} texts for a question, expected at least {count}, half of "
-                "num_generations. Add more to the dataset or lower num_generations."
+                f"teacher_responses: got {sum(available.values())} texts for a question, expected at least {count}, "
+                "half of num_generations. Add more to the dataset or lower num_generations."
             )
-        generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self._step)
-        return [texts[i] for i in torch.randperm(len(texts), generator=generator)[:count].tolist()]
+        parts = (self.args.seed, self.state.global_step, self.accelerator.process_index, start)
+        generator = torch.Generator().manual_seed(seed_of(*parts))
+        chosen = []
+        for name, some in divide(count, dict.fromkeys(pools, Fraction(1)), available, generator).items():
+            picks = torch.randperm(available[name], generator=generator)[:some]
+            chosen += [pools[name][i] for i in picks.tolist()]
+        return chosen
 
-    def _tokens(self, text: str) -> list[int]:
-        """A teacher's text as the student would have written it: no special token but the EOS at its end."""
-        special = set(self._tokenizer.all_special_ids)
+    def _response(self, text: str) -> tuple[str, list[int]]:
+        """A teacher's text as the student would have written it: no special token but the EOS at its end; cut at the
+        limit, and without an EOS then."""
+        special, limit = set(self._tokenizer.all_special_ids), self.max_completion_length
         ids = [i for i in self._tokenizer(text, add_special_tokens=False)["input_ids"] if i not in special]
-        return [*ids[: self.max_completion_length - 1], self._tokenizer.eos_token_id]
+        if len(ids) < limit:
+            return text, [*ids, self._tokenizer.eos_token_id]
+        return self._tokenizer.decode(ids[:limit]), ids[:limit]
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._adversary.engine is not None:
+            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+            self._adversary.engine.save(folder / D_FOLDER)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._adversary.engine is not None:
+            if not (folder := Path(checkpoint) / D_FOLDER).exists():
+                raise ValueError(
+                    f"resume_from_checkpoint: got {checkpoint}, which has no {D_FOLDER}, expected a checkpoint of a "
+                    "RIL trainer. Start a new run."
+                )
+            self._adversary.engine.load(folder)
 
     def similarity(self, prompts: list, completions: list, completion_ids: list, **columns) -> list[float | None]:
         """D's reward for each completion; all processes call it together."""

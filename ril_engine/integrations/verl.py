@@ -19,6 +19,8 @@ from verl.utils.kernel import linear_cross_entropy as triton_backend
 from ril_kernels import token_logprob
 from ril_kernels.policy_loss.reference import LossSettings, TokenTerms, policy_terms
 
+_theirs = triton_backend.linear_cross_entropy
+
 
 def linear_cross_entropy(
     hidden: Tensor,  # (..., H)
@@ -28,12 +30,10 @@ def linear_cross_entropy(
     reduction: str = "none",
     dist_process_group=None,
 ) -> tuple[Tensor, Tensor]:  # (T,), (T,)
-    """What verl's Triton backend calls; T is the product of the leading sizes."""
-    if dist_process_group is not None or reduction != "none":
-        raise ValueError(
-            f"linear_cross_entropy: got reduction {reduction!r} and dist_process_group {dist_process_group}, expected "
-            "'none' and None. A head that is split over ranks needs verl's own kernel: leave this module out."
-        )
+    """What verl's Triton backend and its Megatron models call; T is the product of the leading sizes. A head that is
+    split over ranks is left to verl's own kernel."""
+    if reduction != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
+        return _theirs(hidden, weight, labels, temperature, reduction, dist_process_group)  # a part of a head alone
     labels = labels.reshape(-1).long()
     return token_logprob(
         hidden.reshape(-1, hidden.shape[-1]), weight, labels, temperature=temperature, return_entropy=True

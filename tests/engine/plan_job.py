@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ril_engine.config import DeepSpeedConfig
 from ril_engine.engine import Engine, init_distributed
-from ril_engine.families import adapt, language_model
+from ril_engine.families import adapt, language_model, look_once
 from ril_engine.plan_models import Questions
 from ril_engine.policy import Policy
 
@@ -28,8 +28,10 @@ def run(case: dict, begun: list[int]) -> None:
     dtype = torch.bfloat16 if case["bf16"] else torch.float32
     model = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     model.model.visual.requires_grad_(False)
+    look = look_once(model)
     adapt(language_model(model), case["packing"], torch.device("cpu"))
     questions = Questions(config, model.base_model, case["text_tokens"], case["image_tokens"])
+    questions.see(look)
     rates = {"steps": 4, "learning_rate": 1e-5, "whole": model.model.visual}
     engine = Engine(Policy(model), config=DeepSpeedConfig(zero_stage=case["zero_stage"], bf16=case["bf16"]), **rates)
     count = case["responses"]

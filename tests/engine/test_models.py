@@ -9,7 +9,7 @@ import torch
 from ril_engine import digits, models, tiny_models
 from ril_engine.config import DigitsConfig, ModelConfig
 from ril_engine.errors import UserError
-from ril_engine.families import adapt, language_model
+from ril_engine.families import adapt, language_model, look_once, vision_tower
 from ril_engine.models import Encoder, load
 from ril_engine.policy import Policy
 
@@ -43,6 +43,47 @@ def test_batched_logprobs_equal_one_by_one(family, task):
     ids = full.inputs["input_ids"][0]
     by_hand = torch.stack([logits[t - 1, ids[t]] for t in range(len(ids) - len(responses[0]), len(ids))])
     torch.testing.assert_close(alone[0], by_hand, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("packing", ["padded", "packed", "shared"])
+def test_a_frozen_tower_looks_once(family, task, packing):
+    """Policy, its copy and generation share the look: the same log-probs and gradients of all that is trained."""
+    (model, encoder), rows = family, [*task[1][:3], {"id": "none", "question": "How many?"}]
+    responses = [encoder.response(text) for text in ("7", "I see 7 and 8.", "so it is odd.", "none")]
+    plain, ours = Policy(copy.deepcopy(model)), Policy(copy.deepcopy(model))
+    for each in (plain, ours):
+        vision_tower(each.model).requires_grad_(False)
+        adapt(language_model(each.model), packing, torch.device("cpu"))
+    calls = []
+    vision_tower(ours.model).register_forward_pre_hook(lambda *_: calls.append("model"))
+    first = next(m for m in vision_tower(ours.model).modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Conv3d)))
+    first.register_forward_pre_hook(lambda *_: calls.append("look"))
+    seeing = Encoder(ours.model, encoder.processor, task[0], 10_000, look_once(ours.model))
+    rows, responses = ([each[i] for i in (0, 0, 1, 2, 3)] for each in (rows, responses))
+    expected, got = plain(encoder.batch(rows, responses, packing)), ours(seeing.batch(rows, responses, packing))
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    expected.sum().backward(), got.sum().backward()
+    compared = 0
+    for (name, one), other in zip(plain.named_parameters(), ours.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None), name
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, atol=1e-4, rtol=1e-3)
+            compared += 1
+    assert compared > 20
+    with torch.no_grad():
+        copied = copy.deepcopy(ours)(seeing.batch(rows, responses, packing))
+    torch.testing.assert_close(copied, got)
+    assert calls.count("look") == 3 and "model" in calls  # three pictures, once each
+    torch.testing.assert_close(seeing.prompt(rows[0])["input_ids"], encoder.prompt(rows[0])["input_ids"])
+
+
+def test_a_tower_of_which_more_is_read_is_left_alone(family):
+    model = copy.copy(family[0])
+    model.config = copy.deepcopy(model.config)
+    model.config.model_type = "another"
+    assert look_once(model) is None
+    model.config.model_type, model.config.vision_feature_layer = "internvl", [-1, -2]
+    assert look_once(model) is None and "forward" not in vars(vision_tower(model))
 
 
 def test_pictures_are_where_the_question_has_them(family, task):

@@ -25,6 +25,7 @@ def response(source, text, similarity=1.0):
 def metrics(step, ril):
     row = {"reward/student_answer": 0.5, "kl": None if step == 2 else 0.01 * step, "grad_norm/student": 0.5}
     row |= {"advantage/spread": 0.4, "zero_advantage_groups": 0.1, "length/student": 5.0, "loss/policy": 0.001}
+    row |= {"entropy": 0.4, "clip/low": 0.0, "clip/high": 0.1, "truncated": 0.2}
     seconds = {"rollout": 1.0, "policy": 0.5, "step": 1.6}
     if ril:
         row |= {"reward/teacher_answer": 0.9, "reward/student_similarity": 0.3, "reward/teacher_similarity": 0.8}
@@ -147,6 +148,8 @@ def test_dr_grpo_omits_what_it_does_not_measure(run):
         "KL to the reference policy",
         "Learning signal",
         "Response length",
+        "Entropy",
+        "Left out",
         "Policy loss",
         "Gradient norms",
         "Seconds per step",
@@ -232,10 +235,13 @@ def test_an_image_outside_the_data_is_refused(run, tmp_path, outside):
         write_report(run_dir, data_dir)
 
 
-def test_a_missing_image_names_the_data_folder(run):
-    run_dir, data_dir = run(image="images/b.png")
-    with pytest.raises(UserError, match=r"sample train-1: image .*b\.png.*; give the data folder of the run"):
-        write_report(run_dir, data_dir)
+def test_a_picture_that_is_gone_leaves_its_name(run):
+    """What has trained for days is not left without a report. A kind may be a number, as in the data."""
+    run_dir, data_dir = run(image="images/<b>.png")
+    rows = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    (run_dir / "samples.jsonl").write_text("".join(json.dumps({**row, "kind": 3}) + "\n" for row in rows))
+    page = write_report(run_dir, data_dir).read_text()
+    assert "images/&lt;b&gt;.png is no longer there, or no picture" in page and "3 train-1" in page
 
 
 @pytest.mark.parametrize("content", [None, "", '{"step": 1, "met'])

@@ -9,14 +9,13 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from trl import GRPOConfig
 
 from ril_engine import digits
 from ril_engine.config import Config
 from ril_engine.engine import init_distributed
 from tests.test_readme import python_blocks
 
-TEACHER = ["The left digit is 1, the right digit is 2.", "It shows 1 and 2.", "Left 1, right 2, so 3."]
+TEACHER = ["It shows 1 and 2.", "Left 1, right 2.", "Left 1, right 2, so 3."]
 STEPS = 12
 seen: list[list[str]] = []
 
@@ -37,39 +36,42 @@ def main() -> None:
     rows = {
         "prompt": [[{"role": "user", "content": question}] for question in [*digits.QUESTIONS.values()][:4] * 2],
         "image": [Image.fromarray(each.numpy()) for each in pictures],
-        "teacher_responses": [TEACHER] * 8,
+        "teacher_responses": [[TEACHER[:2], TEACHER[2:]]] * 8,  # two teachers
     }
     settings = {
         "model": AutoModelForImageTextToText.from_pretrained(student),
         "processing_class": AutoProcessor.from_pretrained(student),
         "reward_funcs": digits_share,
-        "args": GRPOConfig(
-            output_dir=str(folder / "out"),
-            use_cpu=True,
-            bf16=False,
-            max_steps=STEPS,
-            per_device_train_batch_size=8,
-            num_generations=4,
-            max_completion_length=16,
-            loss_type="dr_grpo",
-            scale_rewards="none",
-            beta=0.01,
-            learning_rate=1e-3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-        ),
         "train_dataset": Dataset.from_dict(rows),
     }
-    given = {"config": config, "folder_of_d": folder, "settings": settings}
+    usual = {
+        "output_dir": str(folder / "out"),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 16,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": STEPS,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }
+    given = {"config": config, "folder_of_d": folder, "settings": settings, "usual": usual}
     for block in reversed(python_blocks("integrations.trl")):  # the trainer, then the two lines that speed it up
         exec(block, given)
     trainer = given["trainer"]
     trainer.train()
-    weights = [float(each.detach().double().sum()) for each in trainer._adversary.module.parameters()]
-    said = {"seen": seen, "history": trainer.state.log_history, "discriminator": weights}
+    module = trainer._adversary.module
+    weights = [float(each.detach().double().sum()) for each in module.parameters()]
+    with torch.no_grad():
+        module.score.weight.zero_()
+    trainer._load_optimizer_and_scheduler(str(folder / "out" / f"checkpoint-{STEPS}"))
+    again = [float(each.detach().double().sum()) for each in module.parameters()]
+    said = {"seen": seen, "history": trainer.state.log_history, "discriminator": weights, "loaded": again}
     (folder / f"rank-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(said))
 
 

@@ -11,7 +11,10 @@ import torch
 pytest.importorskip("openrlhf", reason="OpenRLHF (requirements.peers.txt, Python 3.11) is not installed")
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from ril_engine.engine import init_distributed
+from ril_engine.integrations import openrlhf
 from ril_engine.integrations.openrlhf import use_fused_logprob
+from ril_kernels import token_logprob
 
 UNUSED = {
     "flash_attn.bert_padding": ("index_first_axis", "pad_input", "rearrange", "unpad_input"),
@@ -44,7 +47,7 @@ def make(actor_class, **settings):
     return actor
 
 
-def results(actor) -> list[torch.Tensor]:
+def total_of(actor) -> tuple[torch.Tensor, ...]:
     ids = torch.randint(37, (3, 9), generator=torch.Generator().manual_seed(0))
     attention, action = torch.ones_like(ids), torch.ones(3, 5)
     attention[1, :2] = 0
@@ -52,11 +55,16 @@ def results(actor) -> list[torch.Tensor]:
     settings = {"action_mask": action, "attention_mask": attention, "return_output": True, "return_entropy": True}
     logprobs, output = actor(ids, **settings)
     total = (logprobs * torch.linspace(-1, 1, 5)).sum() - 0.1 * (output.entropy[:, -5:] * action).sum()
+    return total, logprobs.detach(), output.entropy.detach(), ids, attention
+
+
+def results(actor) -> list[torch.Tensor]:
+    total, logprobs, entropy, ids, attention = total_of(actor)
     actor.zero_grad()
     total.backward()
     plain = actor(ids, attention_mask=attention, return_logprobs=True)
     gradients = [each.grad.clone() for each in actor.parameters()]
-    return [logprobs.detach(), output.entropy.detach(), plain.detach(), *gradients]
+    return [logprobs, entropy, plain.detach(), *gradients]
 
 
 def test_an_actor_gives_what_it_gave(actor_class):
@@ -72,12 +80,56 @@ def test_an_actor_gives_what_it_gave(actor_class):
     assert actor.model.lm_head.forward.__func__ is torch.nn.Linear.forward  # as it was between two calls
 
 
-def test_no_logits_are_made(actor_class):
+def test_no_logits_are_made_and_the_head_is_read_once(actor_class, monkeypatch):
+    actor, calls = make(actor_class), []
+    use_fused_logprob(actor)
+    monkeypatch.setattr(
+        openrlhf, "token_logprob", lambda *args, **more: calls.append(more) or token_logprob(*args, **more)
+    )
+    ids = torch.arange(12).view(2, 6)
+    settings = {"attention_mask": torch.ones_like(ids), "return_output": True}
+    assert actor(ids, torch.ones(2, 3), **settings)[1].logits.shape == (2, 6, 1)
+    assert actor(ids, torch.ones(2, 3), **settings, return_entropy=True)[1].logits.shape == (2, 6, 2)
+    assert [each["return_entropy"] for each in calls] == [False, True]
+
+
+def test_packed_samples_bring_their_labels(actor_class, monkeypatch):
+    """Their unpadding, which flash-attn does, by hand: both rows side by side, without padding."""
+    actor = make(actor_class)
+    ids = torch.randint(37, (2, 6), generator=torch.Generator().manual_seed(1))
+    attention = torch.ones_like(ids)
+    expected = actor(ids, attention_mask=attention, return_logprobs=True)
+    home, (batch, length) = sys.modules[actor_class.__module__], ids.shape
+    one_row = [each.reshape(1, -1) for each in (ids, torch.arange(length).repeat(batch), ids.roll(-1, 1))]
+    monkeypatch.setattr(home, "unpad_and_slice_tensor", lambda *_: (*one_row, 0, None))
+    monkeypatch.setattr(home, "gather_and_pad_tensor", lambda values, *_: values.view(batch, length))
+    actor.packing_samples = True
+    theirs = actor(ids, attention_mask=attention, return_logprobs=True)
+    use_fused_logprob(actor)
+    ours = actor(ids, attention_mask=attention, return_logprobs=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours[:1], expected[:1], rtol=0, atol=1e-5)  # it reads itself alone
+
+
+@pytest.mark.distributed
+def test_under_zero_3_the_gradients_are_the_same(actor_class):
+    """The engine wraps the actor's model, as OpenRLHF's strategy does it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_grad
+
+    init_distributed()
+    settings = {"train_batch_size": 3, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    settings |= {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    actor = make(actor_class)
+    results(actor)
+    expected = {name: each.grad.clone() for name, each in actor.model.named_parameters()}
     actor = make(actor_class)
     use_fused_logprob(actor)
-    ids = torch.arange(12).view(2, 6)
-    output = actor(ids, torch.ones(2, 3), torch.ones_like(ids), return_output=True)[1]
-    assert output.logits.shape == (2, 6, 16)
+    optimizer = torch.optim.AdamW(actor.model.parameters())
+    actor.model, *_ = deepspeed.initialize(model=actor.model, optimizer=optimizer, config=settings)
+    actor.model.backward(total_of(actor)[0])
+    for name, each in actor.model.module.named_parameters():
+        torch.testing.assert_close(safe_get_full_grad(each), expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_no_plain_head_is_refused(actor_class):

@@ -214,15 +214,18 @@ def test_ril_on_two_ranks(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in range(2))
-    assert one["discriminator"] == other["discriminator"]
+    assert one["discriminator"] == other["discriminator"] == one["loaded"]  # from the trainer's checkpoint
+    places = [(rank, step) for rank in (one, other) for step in range(JOB_STEPS)]
     for rank in (one, other):
         assert len(rank["seen"]) == JOB_STEPS
         for texts in rank["seen"]:  # of two groups of four
             sides = [text in TEACHER for text in texts]
             assert sides == [False, False, True, True] * 2
-            assert texts[2] != texts[3] and texts[6] != texts[7]  # without replacement
-    drawn = {text for texts in one["seen"] for text in texts if text in TEACHER}
-    assert drawn == set(TEACHER)
+            for pair in (texts[2:4], texts[6:8]):  # of two teachers, one each
+                assert sum(text in TEACHER[:2] for text in pair) == 1
+    picks = [[TEACHER.index(text) for text in rank["seen"][step] if text in TEACHER[:2]] for rank, step in places]
+    assert {pick for some in picks for pick in some} == {0, 1}
+    assert any(some[0] != some[1] for some in picks)  # groups of a step draw for themselves
     steps = [row for row in one["history"] if "loss" in row]
     assert [row["discriminator/updates"] for row in steps] == [1.0] * JOB_STEPS
     assert steps[-1]["discriminator/accuracy"] > 0.9 and steps[-1]["loss/discriminator"] < 0.65

@@ -103,13 +103,17 @@ def test_a_teachers_token_has_a_ratio_of_one():
     torch.testing.assert_close(given["log_prob"].grad[1], expected)
 
 
-def test_a_head_that_is_split_over_ranks_is_refused():
-    hidden, weight, labels = torch.zeros(2, 3), torch.zeros(4, 3), torch.tensor([0, 1])
-    with pytest.raises(
-        ValueError, match=r"expected 'none' and None\. A head that is split over ranks needs verl's own"
-    ):
-        triton_backend.linear_cross_entropy(hidden, weight, labels, 1.0, "none", object())
-    assert triton_backend.linear_cross_entropy is adapter.linear_cross_entropy
+def test_a_head_that_is_split_over_ranks_is_left_to_verl(monkeypatch):
+    """Megatron models give their group, also where it is of one rank."""
+    given = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), 1.0, "none"
+    calls = []
+    monkeypatch.setattr(adapter, "_theirs", lambda *args: calls.append(args))
+    one, two = (SimpleNamespace(size=lambda count=count: count) for count in (1, 2))
+    logprobs, _ = triton_backend.linear_cross_entropy(*given, one)
+    torch.testing.assert_close(logprobs, torch.full((2,), 0.25).log())
+    assert not calls
+    triton_backend.linear_cross_entropy(*given, two)
+    assert calls == [(*given, two)]
 
 
 def test_verl_itself_loads_it():
