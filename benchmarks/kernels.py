@@ -1,5 +1,5 @@
 """Triton kernels, compiled ahead of time for three GPU generations, without a GPU: ours in all their forms, and those
-of Liger that stand where ours do, as it launches them."""
+of Liger and cut-cross-entropy that stand where ours do, as they launch them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 import ril_kernels
-from benchmarks.cases import MODELS, RESPONSE_LENGTH
+from benchmarks.cases import MODELS, RESPONSE_LENGTH, SIZES
 from ril_kernels.discriminator_head.fused import NORMS
 from ril_kernels.policy_loss.reference import ADVANTAGE_KINDS
 
@@ -23,7 +24,13 @@ try:
     from liger_kernel.ops import cross_entropy, grpo_loss, rms_norm
 except ImportError:
     cross_entropy = None
+try:
+    from cut_cross_entropy import cce_backward, cce_lse_forward, indexed_dot, tl_autotune
+except ImportError:
+    tl_autotune = None
 
+HEAD = "Qwen2.5-VL-3B"  # whose H and V the peers' constants are of
+TOKENS = SIZES["cuda", False][0]
 TARGETS = (80, 90, 100)  # compute capability: A100, H100, B200
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # The type of each argument, by name; VALUES are compiled for every dtype. Pointers are divisible by 16, as PyTorch's
@@ -48,6 +55,9 @@ ARGUMENTS = {
 }
 # Strides and widths that are a multiple of 16 where rows are padded.
 WHOLE = ("stride", "num_hidden", "X_stride", "n_cols", *(f"{name}_row_stride" for name in ("X", "Y", "dX", "dY", "dW")))
+# Of cut-cross-entropy, with TOKENS tokens of HEAD.
+CCE_WHOLE = ("B", "D", "V", "B_BIN", "stride_eb", "stride_cv")
+CCE_WHOLE += ("num_locks", "n_de_locks_0", "n_de_locks_1", "n_dc_locks_1")
 # The values that a launcher passes for a constant; for any other it passes its module's constant of that name.
 CHOICES = {"CAPPED": (False, True), "PADDED": (True, False), "KIND": ADVANTAGE_KINDS, "NORM": NORMS}
 # What training runs of them, in bfloat16.
@@ -74,7 +84,7 @@ class Form:
         names = self.kernel.arg_names
         types = {name: "constexpr" if name in self.constants else self.arguments[name] for name in names}
         types = {name: f"*{DTYPES[self.dtype]}" if each == VALUES else each for name, each in types.items()}
-        wide = WHOLE if self.padded else ()
+        wide = (*WHOLE, *CCE_WHOLE) if self.padded else ()
         aligned = [name for name, each in types.items() if each[0] == "*" or name in wide]
         source = ASTSource(
             self.kernel,
@@ -88,7 +98,7 @@ class Form:
     @property
     def padded(self) -> bool:
         """Whether rows begin and end at a multiple of 16 elements, as every model's hidden states do."""
-        return bool(self.constants.get("PADDED", any(name in WHOLE for name in self.kernel.arg_names)))
+        return bool(self.constants.get("PADDED", any(name in (*WHOLE, *CCE_WHOLE) for name in self.kernel.arg_names)))
 
     @property
     def trains(self) -> bool:
@@ -136,7 +146,7 @@ def liger_forms() -> Iterator[Form]:
     its launchers pass for a head of Qwen2.5-VL-3B. Its fused linear GRPO loss is torch.compile's, and has none."""
     if cross_entropy is None:
         return
-    hidden, vocab = MODELS["Qwen2.5-VL-3B"]
+    hidden, vocab = MODELS[HEAD]
     missing = ("weight_ptr", "z_loss_ptr", "token_accuracy_ptr", "predicted_tokens_ptr", "softcap")
     no = ("RETURN_Z_LOSS", "RETURN_TOKEN_ACCURACY", "RETURN_PREDICTED_TOKENS", "HAS_WEIGHT", "HAS_SOFTCAPPING")
     loss = {"lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "none", "HAS_GRADIENTS": True}
@@ -161,3 +171,39 @@ def liger_forms() -> Iterator[Form]:
 
 def _liger(kernel, constants: dict, num_warps: int, num_stages: int = 3, arguments: Mapping[str, str] = LIGER) -> Form:
     return Form(kernel, "bfloat16", constants, num_warps, num_stages, arguments, "liger-kernel")
+
+
+# cut-cross-entropy's arguments, likewise: E and C are the hidden states and lm_head, LA the logits' sums.
+CCE = {
+    **dict.fromkeys(("E", "C", "dE", "dC"), VALUES),
+    **dict.fromkeys(("LSE", "LA", "Out", "dOut"), "*fp32"),
+    **dict.fromkeys(("Targets", "Inds"), "*i64"),
+    **dict.fromkeys(("VocabOrdering", "dELocks", "dCLocks"), "*i32"),
+    "Locks": "*u32",
+    **dict.fromkeys((*CCE_WHOLE, "n_dc_locks_0"), "i32"),
+    **dict.fromkeys(("grad_scale", "filter_eps"), "fp32"),
+}
+
+
+def cce_forms() -> Iterator[Form]:
+    """The kernels of its loss of each token in bfloat16, for TOKENS tokens of a head of Qwen2.5-VL-3B: every token
+    counts, both matrices get gradients, and its filter is on, as by default. Their tile sizes are those that it takes
+    on any GPU; only with CCE_AUTOTUNE, which is off by default, would it time others there."""
+    if tl_autotune is None:
+        return
+    yield _cce(cce_lse_forward._cce_lse_forward_kernel, tl_autotune._cce_forward_best_config())
+    yield _cce(cce_backward._cce_backward_kernel, tl_autotune._cce_backward_best_config())
+    yield _cce(indexed_dot._indexed_neg_dot_forward_kernel, tl_autotune._indexed_dot_best_config())
+
+
+def _cce(kernel, config: triton.Config) -> Form:
+    """Its wrappers choose constants by the launcher's arguments: by D, by which there are, and by the size of dOut."""
+    values = {**dict.fromkeys(CCE, torch.empty(TOKENS, device="meta")), "D": MODELS[HEAD][0], **config.kwargs}
+    values |= {"Valids": None, "softcap": None, "SHIFT": False, "REQUIRES_GRAD": True}
+    values |= dict.fromkeys(("stride_ed", "stride_cd", "stride_lse_b", "stride_vb", "stride_ib"), 1)
+    while not isinstance(kernel, triton.JITFunction):
+        for name, choose in getattr(kernel, "values", {}).items():  # triton.autotune's wrapper has none
+            values[name] = choose(values)
+        kernel = kernel.fn
+    constants = {name: values[name] for name in kernel.arg_names if name not in CCE}
+    return Form(kernel, "bfloat16", constants, config.num_warps, config.num_stages, CCE, "cut-cross-entropy")

@@ -33,6 +33,10 @@ states): bytes and FLOPs by the kernel's definition, WORK in benchmarks/gpu_stat
 machine code. The mix is of all instructions on {mix_target}; "other" is integers, moves and branches.
 {others}
 """
+GEMMS_NOTE = """Where a kernel makes the logits itself, numbers per element are with the H and V of Qwen2.5-VL-3B,
+and the FLOPs of its GEMMs stand apart. cut-cross-entropy's backward is taken to skip nothing: of a tile of logits that
+its filter skips it does a third of them."""
+PEERS = ("liger-kernel", "cut-cross-entropy")
 TIMES_HEAD = """### Least time in microseconds, {model}
 
 {sizes}; by each board's peak rates of memory, FLOPs and issued instructions,
@@ -117,9 +121,11 @@ def _kernel_tables(rows: list[dict]) -> list[str]:
     """A line per kernel that training runs, with what the targets need side by side; then times, a table per model."""
     made = [row for row in rows if "registers" in row]
     ours = [row for row in made if row["library"] == "ril_kernels"]
-    peers = list(dict.fromkeys(row["library"] for row in made if row["library"] != "ril_kernels"))
+    peers = [name for name in PEERS if any(row["library"] == name for row in made)]
+    absent = [name for name in PEERS if name not in peers]
     versions = rows[0]["versions"]
-    absent = [] if peers else ["Liger was not installed."]
+    notes = [GEMMS_NOTE] * any(row.get("tensor_flops_per_element") for row in made)
+    notes += [f"Not installed where this was made: {', '.join(absent)}."] * bool(absent)
     of_all = (
         f"In all {len(ours)} of ours (every dtype, stride, choice and target) at most {_most(ours, 'registers')} "
         f"registers and {_most(ours, 'spill_bytes')} spilled bytes."
@@ -132,7 +138,7 @@ def _kernel_tables(rows: list[dict]) -> list[str]:
         versions=", ".join(f"{name} {versions[name]}" for name in ("triton", *peers)),
         targets=" / ".join(targets),
         mix_target=mix_target,
-        others="\n".join([of_all, *absent, "cut-cross-entropy's kernels are not compiled here."]),
+        others="\n".join([of_all, *notes]),
     )
     columns = ["kernel", *(name.replace("_", " ") for name in RESOURCES), "bytes", "FLOPs", "instructions", "mix"]
     lines = [head, f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
@@ -140,7 +146,7 @@ def _kernel_tables(rows: list[dict]) -> list[str]:
     for name, each in kernels.items():
         cells = [name, *(_alike([row[key] for row in each]) for key in RESOURCES)]
         first = each[0]
-        cells += [f"{first[key]}" if key in first else "" for key in ("bytes_per_element", "flops_per_element")]
+        cells += [f"{first['bytes_per_element']:.3g}", _flops(first)] if "least_us" in first else ["", ""]
         cells.append(_alike([round(row["instructions_per_element"]) for row in each if "least_us" in row]))
         cells.append(", ".join(_mix(row) for row in each if row["target"] == mix_target))
         lines.append(f"| {' | '.join(cells)} |")
@@ -158,6 +164,11 @@ def _grouped(rows: Iterable[dict]) -> dict[str, list[dict]]:
 
 def _alike(values: list[int]) -> str:
     return " / ".join(str(value) for value in (values[:1] if len(set(values)) == 1 else values))
+
+
+def _flops(row: dict) -> str:
+    of_gemms = row.get("tensor_flops_per_element")
+    return f"{row['flops_per_element']}" + (f" + {of_gemms} of GEMMs" if of_gemms else "")
 
 
 def _most(rows: list[dict], key: str) -> int:

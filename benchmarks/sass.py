@@ -29,6 +29,7 @@ CLASSES = {
     "barrier": ("BAR", "SYNCS", "WARPSYNC", "MEMBAR"),
     "tensor": ("HMMA", "HGMMA", "UTCHMMA", "UTCMMA", "DMMA"),
 }
+READS = ("LDG", "LDGSTS")  # of global memory, into registers and shared memory
 CLASS_OF = {name: kind for kind, names in CLASSES.items() for name in names}
 
 
@@ -47,15 +48,17 @@ class SM:
 SMS = {80: SM(64, 32, 164 << 10, 64), 90: SM(64, 32, 228 << 10, 128), 100: SM(64, 32, 228 << 10, 128)}
 REGISTERS, REGISTER_UNIT = 64 << 10, 256  # of a multiprocessor, a quarter for each scheduler; of a warp
 SHARED_UNIT, SHARED_OF_CUDA = 128, 1024  # bytes; what CUDA keeps of each program's
+TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory, which sm_100 has (PTX ISA, "Tensor Memory")
 SCHEDULERS, LANES = 4, 32  # each issues an instruction of a warp, of so many threads, per clock
 
 
-def occupancy(target: int, num_warps: int, registers: int, shared_bytes: int) -> int:
+def occupancy(target: int, num_warps: int, registers: int, shared_bytes: int, tensor_columns: int = 0) -> int:
     """Warps that live on a multiprocessor at once, of 64."""
     sm = SMS[target]
     of_registers = SCHEDULERS * (REGISTERS // SCHEDULERS // _whole(registers * LANES, REGISTER_UNIT))
     of_shared = sm.shared_bytes // _whole(shared_bytes + SHARED_OF_CUDA, SHARED_UNIT)
-    return num_warps * min(sm.programs, min(sm.warps, of_registers) // num_warps, of_shared)
+    of_tensor = TENSOR_COLUMNS // tensor_columns if tensor_columns else sm.programs
+    return num_warps * min(sm.programs, min(sm.warps, of_registers) // num_warps, of_shared, of_tensor)
 
 
 def _whole(amount: int, unit: int) -> int:
@@ -75,13 +78,13 @@ def instructions(code: str) -> tuple[list[str], list[tuple[int, int]]]:
             target = re.search(r"\.L_x_\d+", found[2])
             if found[1].startswith("BRA") and target and target[0] in labels:
                 loops.append((labels[target[0]], len(names)))
-    loops = [each for each in loops if "EXIT" not in names[slice(*each)] and _count(names[slice(*each)], "LDG")]
+    loops = [each for each in loops if "EXIT" not in names[slice(*each)] and _count(names[slice(*each)], *READS)]
     outermost = [each for each in loops if not any(o[0] <= each[0] and each[1] <= o[1] for o in loops if o != each)]
     return names, sorted(outermost)
 
 
-def _count(names: list[str], kind: str) -> int:
-    return sum(name.split(".")[0] == kind for name in names)
+def _count(names: list[str], *kinds: str) -> int:
+    return sum(name.split(".")[0] in kinds for name in names)
 
 
 def machine_code(compiled: CompiledKernel) -> tuple[str, str]:
@@ -109,16 +112,16 @@ def resources(compiled: CompiledKernel) -> dict:
         "registers": registers,
         "spill_bytes": stack + local,
         "shared_bytes": made.shared,
-        "resident_warps": occupancy(made.target.arch, made.num_warps, registers, made.shared),
+        "resident_warps": occupancy(made.target.arch, made.num_warps, registers, made.shared, made.tmem_size),
         "instructions": mix.total(),
         "mix": {kind: mix[kind] for kind in (*CLASSES, "other") if mix[kind]},
         "loops": [end - first for first, end in loops],
-        "load_bits": _widths(names, "LDG"),
+        "load_bits": _widths(names, *READS),
         "store_bits": _widths(names, "STG"),
     }
 
 
-def _widths(names: list[str], kind: str) -> list[int]:
+def _widths(names: list[str], *kinds: str) -> list[int]:
     """Bits that the global loads or stores move per thread, each width once: LDG.E.128 -> 128, LDG.E.U16 -> 16."""
-    found = {re.search(r"\.[US]?(8|16|64|128|256)\b", each) for each in names if each.split(".")[0] == kind}
+    found = {re.search(r"\.[US]?(8|16|64|128|256)\b", each) for each in names if each.split(".")[0] in kinds}
     return sorted({int(width[1]) if width else 32 for width in found})
