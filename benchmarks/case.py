@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 BASELINE = "reference"  # our own definition in plain PyTorch, in the case's dtype
@@ -29,6 +30,8 @@ class Case:
     no_grad: bool = True  # whether the op is used without a gradient too
     tokens: dict[str, int] = field(default_factory=dict)  # candidate -> positions it computes, where that differs
     notes: dict[str, dict] = field(default_factory=dict)  # candidate -> what its last call says of itself, for its rows
+    judge: Callable[[Tensor], Tensor] | None = None  # output -> how wrong, 0 if right, where several are right
+    dtype: torch.dtype = torch.float32  # of the models, where no input has it
     max_rounds: int | None = None  # of a case whose calls take seconds
     grows: bool = False  # candidates are one work, `tokens` times over: their rows say how time grows with it
 

@@ -264,5 +264,5 @@ def all_cases(device: str, full: bool = False) -> list[tuple[str, str, Callable[
     rows = 64 if device == "cuda" or full else 8
     for name in SAMPLING:
         cases.append(("sampling", name, partial(sampling_case, name, rows, MODELS["Qwen2.5-VL-3B"][1], dtype, device)))
-    cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(device, full)
-    return cases + rollout_cases.all_cases(device) + step_cases.all_cases(device, full)
+    cases += attention_cases.all_cases(dtype, device, full) + packing_cases.all_cases(dtype, device, full)
+    return cases + rollout_cases.all_cases(dtype, device) + step_cases.all_cases(dtype, device, full)

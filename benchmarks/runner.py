@@ -9,7 +9,10 @@ floor_share   the same for the floor's latency (bare GEMMs, or a copy of the byt
 peak_mib      most memory that one call allocates on top of its inputs, outputs and gradients included. CUDA: the
               allocator's peak. CPU: the running sum of the allocations that torch's profiler records; what C++ holds
               itself is not in it.
-cache_mib     keys and values that a rollout keeps; phase_share: of its time in prefill, decode, sampling and Python
+cache_mib     keys and values that a rollout keeps
+phase_share   of a rollout's time in prefill, decode, sampling and Python, on a CPU: on a GPU the host's clock sees no
+              more than that a graph with a whole decode step was queued. Of a step's time in its phases; the host waits
+              for a GPU where one begins and ends
 tokens        positions that this candidate computes, where candidates differ in it
 exponent      k where time is fitted by tokens^k over a case's candidates
 peak_share    CUDA: GEMM FLOPs and bytes of the case per second over the device's peak, where PEAKS knows it
@@ -57,23 +60,24 @@ def _leaves(case: Case, inputs: dict) -> dict:
 
 
 def _results(case: Case, candidate, inputs: dict) -> list[Tensor]:
-    """The output, and the gradients of its sum."""
+    """The output, or what the case's judge says of it, and the gradients of its sum."""
     leaves = _leaves(case, inputs)
     out = candidate(**{**inputs, **leaves})
-    return [out.detach(), *(torch.autograd.grad(out.sum(), list(leaves.values())) if leaves else ())]
+    judged = out.detach() if case.judge is None else case.judge(out)
+    return [judged, *(torch.autograd.grad(out.sum(), list(leaves.values())) if leaves else ())]
 
 
 def wrong(case: Case) -> dict[str, str]:
     """Candidate -> what is wrong with its results; empty when all are right.
 
-    The truth is the baseline in float64. A candidate's error may be 3 times the baseline's in the case's own dtype,
-    plus a floor.
+    The truth is the baseline in float64, or that the case's judge says 0. A candidate's error may be 3 times the
+    baseline's in the case's own dtype, plus a floor.
     """
     exact = {
         name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
         for name, value in case.inputs.items()
     }
-    truth = _results(case, case.candidates[case.baseline], exact)
+    truth = [torch.zeros(())] if case.judge else _results(case, case.candidates[case.baseline], exact)
     usuals = _results(case, case.candidates[case.baseline], case.inputs)
     allowed = []
     for usual, true in zip(usuals, truth, strict=True):
@@ -293,7 +297,7 @@ def _cpu_name() -> str:
 def rows_of(case: Case, numbers: dict[tuple[str, str], dict], rounds: int, origin: dict) -> list[dict]:
     """One row per candidate and pass, as it is written to results/*.jsonl."""
     dtypes = (v.dtype for v in case.inputs.values() if isinstance(v, Tensor) and v.is_floating_point())
-    dtype = next(dtypes, torch.float32)
+    dtype = next(dtypes, case.dtype)
     shared = {
         "case": case.name,
         "dtype": str(dtype).removeprefix("torch."),

@@ -1,9 +1,14 @@
 """step: a whole training step. (a) RL alone, against TRL's GRPOTrainer; (b) RIL, against the straightforward one.
 
-The student is a 15M Qwen2.5-VL with its vision tower frozen, in float32, trained by AdamW: Q questions with a picture,
-P prompt tokens, G answers each of R tokens (no end is drawn), the reference on. In (b) each group has as many answers
-of a teacher, and D learns and scores. `phase_share` says where a candidate's time goes; `tokens` are the positions that
-it runs through the language models, a forward with its backward counted once.
+The student is a 15M Qwen2.5-VL with its vision tower frozen, trained by AdamW: Q questions with a picture, P prompt
+tokens, G answers each of R tokens (no end is drawn), the reference on. In (b) each group has as many answers of a
+teacher, and D learns and scores. `phase_share` says where a candidate's time goes; `tokens` are the positions that it
+runs through the language models, a forward with its backward counted once.
+
+On a CPU all is float32. On a GPU it is bfloat16 as each has it: TRL's mixed precision casts float32 weights in every
+forward, ours reads bfloat16 weights that AdamW keeps in float32, too, and the straightforward one has bfloat16 alone,
+which is less work and would lose small updates. Our engine takes Liger's kernels there; its rotary embedding replaces
+that of the whole family, so the others run it as well.
 """
 
 from __future__ import annotations
@@ -12,10 +17,9 @@ import atexit
 import os
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -23,14 +27,18 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.case import Case
+from benchmarks.packing_cases import without_graphs
 from ril_engine import digits, tiny_models
 from ril_engine.adversary import WEIGHTS
 from ril_engine.config import Config
 from ril_engine.discriminator import discriminator_batch, encode_for_discriminator, load_decoder, new_discriminator
+from ril_engine.engine import device as engine_device
 from ril_engine.engine import init_distributed
+from ril_engine.errors import UserError
 from ril_engine.families import language_model
 from ril_engine.loop import Loop
-from ril_engine.models import load
+from ril_engine.models import Encoder, load
+from ril_engine.placement import to_device
 from ril_engine.runlog import PhaseTimer
 from ril_kernels import group_advantages, policy_loss, token_bits
 from ril_kernels.token_logprob.reference import token_logprob_reference
@@ -45,15 +53,21 @@ TRL, RIL, PLAIN = "TRL GRPOTrainer", "ril_engine", "straightforward"
 
 
 class Task:
-    """Checkpoint, pictures and questions of exactly P tokens, in a folder of its own."""
+    """Checkpoint, pictures and questions of exactly P tokens, in a folder of its own, and where and in which dtype all
+    candidates run."""
 
-    def __init__(self, num_tokens: int, picture: tuple[int, int], questions: int, hidden: int = HIDDEN):
+    def __init__(self, num_tokens: int, picture: tuple[int, int], questions: int, dtype: torch.dtype, device: str):
+        if engine_device().type != device:
+            raise UserError(
+                f"--device {device}: DeepSpeed would run on {engine_device().type}; set DS_ACCELERATOR={device}"
+            )
+        self.dtype, self.device, self.bf16 = dtype, torch.device(device), dtype == torch.bfloat16
         self.folder = Path(tempfile.mkdtemp(prefix="step-"))
         atexit.register(shutil.rmtree, self.folder, ignore_errors=True)
         self.student = str(self.folder / "student")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model, processor = tiny_models._qwen2_5_vl(hidden, LAYERS, digits.corpus())
+            model, processor = tiny_models._qwen2_5_vl(HIDDEN, LAYERS, digits.corpus())
             model.resize_token_embeddings(VOCABULARY)
         for each in (processor.image_processor, processor.video_processor):
             each.size = {"shortest_edge": PATCH**2, "longest_edge": 2**20}
@@ -84,6 +98,7 @@ class Task:
         settings = {
             "work_dir": self.folder / "runs",
             "student": {"path": self.student},
+            "deepspeed": {"bf16": self.bf16},
             "data": {"dir": str(self.folder)},
             "sampling": {"max_new_tokens": LENGTH, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0},
         }
@@ -95,47 +110,55 @@ class Task:
         rl = {"algorithm": algorithm, "questions_per_step": len(self.rows), "group_size": group, "beta": BETA}
         loop = Loop(self.config(rl=rl | {"learning_rate": RATE}, **changes), self.folder, self.student, saved, d_path)
         encoder = loop.encoder
-        loop.sampler.banned = token_bits(torch.tensor(encoder.banned_ids + encoder.eos_ids), VOCABULARY)
+        banned = token_bits(torch.tensor(encoder.banned_ids + encoder.eos_ids), VOCABULARY)
+        loop.sampler.banned = banned.to(self.device)
+        sharpened(loop.reference.model)
         return loop
 
 
 class Phases:
-    """Seconds by phase over all timed calls, as shares."""
+    """Seconds by phase over all steps, as shares in `note`. The host waits for a GPU where a phase begins and ends."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.timer, self.seconds, self.note = PhaseTimer(), Counter(), {}
+
+    def __call__(self, name: str) -> AbstractContextManager[None]:
+        return self.timer.phase(name)
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begun
-
-    def shares(self) -> dict[str, float]:
-        return {name: value / self.seconds.total() for name, value in self.seconds.items()}
+    def step(self, rest: str) -> Iterator[None]:
+        """A step; `rest` is what no other phase in it has."""
+        self.timer.pop()
+        with self(rest):
+            yield
+        self.seconds.update(self.timer.pop())
+        whole = self.seconds["step"]
+        self.note["phase_share"] = {name: value / whole for name, value in self.seconds.items() if name != "step"}
 
 
 class OurStep:
     """Loop.step, as train.py runs it."""
 
     def __init__(self, loop: Loop, rows: list[dict]):
-        self.loop, self.questions, self.number, self.note = loop, list(enumerate(rows)), 0, {}
+        self.loop, self.questions, self.number, self.phases = loop, list(enumerate(rows)), 0, Phases()
         self.decoders = [language_model(each.model) for each in (loop.policy, loop.reference)]
         self.decoders += [loop.adversary.module.language_model] if loop.adversary is not None else []
-        self.seconds: Counter[str] = Counter()
 
     def __call__(self) -> None:
-        timer = PhaseTimer()
-        self.loop.step(self.number, self.questions, timer)
+        with self.phases.step("other"):
+            self.loop.step(self.number, self.questions, self.phases.timer)
         self.number += 1
-        self.seconds.update(timer.pop())
-        whole = self.seconds["step"]
-        self.note["phase_share"] = {name: value / whole for name, value in self.seconds.items() if name != "step"}
 
 
 def frozen(model: nn.Module) -> nn.Module:
     model.model.visual.requires_grad_(False)
     return model
+
+
+def sharpened(reference: nn.Module) -> None:
+    """Larger logits: the KL to a reference that equals the student is 0, and the loss of its own roll-outs then says
+    nothing of log-probs."""
+    language_model(reference).norm.weight.data *= 1.5
 
 
 class TRLStep:
@@ -153,8 +176,8 @@ class TRLStep:
         banned = [*tokenizer.added_tokens_decoder, *range(len(tokenizer), VOCABULARY)]
         arguments = GRPOConfig(
             output_dir=str(task.folder / "trl"),
-            use_cpu=True,
-            bf16=False,
+            use_cpu=task.device.type == "cpu",
+            bf16=task.bf16,
             gradient_checkpointing=False,
             per_device_train_batch_size=len(task.rows) * SAMPLES,
             num_generations=SAMPLES,
@@ -183,11 +206,13 @@ class TRLStep:
         )
         if fused:
             use_fused_logprob(trainer)
+        trainer.model = trainer.model_wrapped = trainer.accelerator.prepare_model(trainer.model)  # mixed precision
+        sharpened(trainer.ref_model)
         trainer.current_gradient_accumulation_steps = 1
         self.decoders = [language_model(each) for each in (trainer.model, trainer.ref_model)]
         self.optimizer = trainer.create_optimizer()
         self.batch = [trainer.train_dataset[i] for i in range(len(task.rows)) for _ in range(SAMPLES)]
-        self.phases, self.note = Phases(), {}
+        self.phases = Phases()
         for name, phase in (("_generate", "rollout"), ("_get_per_token_logps_and_entropies", "log-probs")):
             setattr(trainer, name, self._timed(getattr(trainer, name), phase))
 
@@ -200,15 +225,12 @@ class TRLStep:
         return timed
 
     def __call__(self) -> None:
-        before, begun = self.phases.seconds.total(), time.perf_counter()
-        self.trainer.model.train()
-        self.trainer.training_step(self.trainer.model, list(self.batch), None)
-        torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        spent = time.perf_counter() - begun
-        self.phases.seconds["backward and the rest"] += spent - (self.phases.seconds.total() - before)
-        self.note["phase_share"] = self.phases.shares()
+        with self.phases.step("backward and the rest"):
+            self.trainer.model.train()
+            self.trainer.training_step(self.trainer.model, list(self.batch), None)
+            torch.nn.utils.clip_grad_norm_(self.trainer.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
     def recorded(self) -> tuple[dict, float]:
         """Roll-outs with all that the loss reads of them, and TRL's loss there."""
@@ -217,8 +239,8 @@ class TRLStep:
             return inputs, float(self.trainer._compute_loss(self.trainer.model, inputs))
 
 
-def rl_case(num_tokens: int, picture: tuple[int, int]) -> Case:
-    task = Task(num_tokens, picture, QUESTIONS)
+def rl_case(num_tokens: int, picture: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
+    task = Task(num_tokens, picture, QUESTIONS, dtype, device)
     theirs, fused = TRLStep(task, fused=False), TRLStep(task, fused=True)
     loop = task.loop("dr_grpo", SAMPLES, {}, None)  # joins a job of one, which TRL would take notice of
     inputs, expected = theirs.recorded()
@@ -226,7 +248,7 @@ def rl_case(num_tokens: int, picture: tuple[int, int]) -> Case:
     with torch.no_grad():
         losses[f"{TRL} with ril_kernels"] = float(fused.trainer._compute_loss(fused.trainer.model, inputs))
     steps = {TRL: theirs, f"{TRL} with ril_kernels": fused, RIL: OurStep(loop, task.rows)}
-    return case_of("RL alone", num_tokens, SAMPLES, steps, losses)
+    return case_of("RL alone", num_tokens, SAMPLES, dtype, steps, losses)
 
 
 def loss_of(loop: Loop, rows: list[dict], inputs: dict) -> float:
@@ -238,7 +260,7 @@ def loss_of(loop: Loop, rows: list[dict], inputs: dict) -> float:
         one = {"slot": i // SAMPLES, "row": row, "source": "student", "ids": ids, "truncated": False}
         one |= {"sampler_logprobs": [0.0] * len(ids), "prompt_tokens": loop.encoder.prompt(row)["input_ids"].shape[1]}
         responses.append(one)
-    return loop.update_policy(responses, inputs["advantages"].float(), PhaseTimer())["loss/policy"]
+    return loop.update_policy(responses, inputs["advantages"].float().cpu(), PhaseTimer())["loss/policy"]
 
 
 class PlainRIL:
@@ -247,25 +269,28 @@ class PlainRIL:
 
     def __init__(self, task: Task, loop: Loop, saved: dict):
         self.loop, self.rows, self.saved = loop, task.rows, saved  # its encoder and settings, none of its models
-        model, _ = load(loop.config.student)
-        self.model, self.reference = frozen(model), load(loop.config.student)[0].requires_grad_(False).eval()
-        self.decoder = load_decoder(loop.config.student)
-        self.score = nn.Linear(self.decoder.config.hidden_size, 1)
+        self.device = task.device
+        model, reference = (load(loop.config.student, task.dtype)[0].to(task.device) for _ in range(2))
+        self.model, self.reference = frozen(model), reference.requires_grad_(False).eval()
+        sharpened(self.reference)
+        self.decoder = load_decoder(loop.config.student, task.dtype).to(task.device)
+        self.score = nn.Linear(self.decoder.config.hidden_size, 1, device=task.device, dtype=task.dtype)
         nn.init.zeros_(self.score.weight)
         nn.init.zeros_(self.score.bias)
         trained = [each for each in self.model.parameters() if each.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, betas=(0.9, 0.95))
         self.d_optimizer = torch.optim.AdamW([*self.decoder.parameters(), *self.score.parameters()], lr=1e-6)
-        self.phases, self.note, self.number = Phases(), {}, 0
+        self.phases, self.number = Phases(), 0
         self.decoders = [language_model(self.model), language_model(self.reference), self.decoder]
 
     def __call__(self) -> None:
-        rl, encoder = self.loop.config.rl, self.loop.encoder
-        begun, before = time.perf_counter(), self.phases.seconds.total()
-        group = rl.group_size
+        with self.phases.step("policy"):
+            self.step(self.loop.config.rl.group_size, self.loop.encoder)
+
+    def step(self, group: int, encoder: Encoder) -> None:
         with self.phases("rollout"), torch.no_grad():
             each = [row for row in self.rows for _ in range(group)]
-            inputs = encoder.prompts(each)
+            inputs = to_device(encoder.prompts(each), self.device)
             settings = {"max_new_tokens": LENGTH, "do_sample": True, "top_k": 0, "pad_token_id": encoder.pad_id}
             banned = encoder.banned_ids + encoder.eos_ids
             out = self.model.eval().generate(**inputs, **settings, suppress_tokens=banned, eos_token_id=None)
@@ -288,19 +313,16 @@ class PlainRIL:
         rewards = torch.tensor([each["answer_reward"] + each["similarity_reward"] for each in responses])
         groups = torch.tensor([each["slot"] for each in responses])
         self.update(responses, group_advantages(rewards, groups, kind="dr_grpo"))
-        spent = time.perf_counter() - begun
-        self.phases.seconds["policy"] += spent - (self.phases.seconds.total() - before)
-        self.note["phase_share"] = self.phases.shares()
 
     def discriminate(self, responses: list[dict]) -> None:
         tokenizer, instruction = self.loop.adversary.tokenizer, self.loop.config.discriminator.instruction
         rows = encode_for_discriminator(tokenizer, instruction, [each["text"] for each in responses])
-        inputs, last = discriminator_batch(rows, tokenizer.pad_token_id)
-        labels = torch.tensor([float(each["source"] == "student") for each in responses])
+        inputs, last = to_device(discriminator_batch(rows, tokenizer.pad_token_id), self.device)
+        labels = torch.tensor([float(each["source"] == "student") for each in responses], device=self.device)
 
         def logits() -> Tensor:
             states = self.decoder(**inputs, use_cache=False).last_hidden_state
-            return self.score(states.flatten(0, 1)[last])[:, 0]
+            return self.score(states.flatten(0, 1)[last])[:, 0].float()
 
         nn.functional.binary_cross_entropy_with_logits(logits(), labels).backward()
         self.d_optimizer.step()
@@ -315,14 +337,14 @@ class PlainRIL:
         students = torch.tensor([each["source"] == "student" for each in responses])
         own = [each for each in responses if each["source"] == "student"]
         with self.phases("reference"), torch.no_grad():
-            batch = encoder.batch([each["row"] for each in own], [each["ids"] for each in own])
+            batch = encoder.batch([each["row"] for each in own], [each["ids"] for each in own]).to(self.device)
             states = self.reference.base_model(**batch.inputs, use_cache=False).last_hidden_state
             known = token_logprob_reference(
                 states.flatten(0, 1)[batch.row], self.reference.lm_head.weight, batch.target, bias=None
             )[0]
-        batch = encoder.batch([each["row"] for each in responses], [each["ids"] for each in responses])
+        batch = encoder.batch([each["row"] for each in responses], [each["ids"] for each in responses]).to(self.device)
         on_student = students[batch.response_index]
-        reference = torch.zeros(len(batch.target)).masked_scatter(on_student, known)
+        reference = known.new_zeros(len(batch.target)).masked_scatter(on_student.to(self.device), known)
         states = self.model.train().base_model(**batch.inputs, use_cache=False).last_hidden_state
         loss, _ = policy_loss(
             states.flatten(0, 1)[batch.row],
@@ -344,10 +366,10 @@ class PlainRIL:
         return float(loss.detach())
 
 
-def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
+def ril_case(num_tokens: int, picture: tuple[int, int], dtype: torch.dtype, device: str) -> Case:
     from safetensors.torch import save_file
 
-    task = Task(num_tokens, picture, QUESTIONS)
+    task = Task(num_tokens, picture, QUESTIONS, dtype, device)
     group = SAMPLES // 2
     corpus = [text for text in digits.corpus() if len(text.split()) > 6]
     saved = {
@@ -368,10 +390,10 @@ def ril_case(num_tokens: int, picture: tuple[int, int]) -> Case:
     plain = PlainRIL(task, loop, saved)
     steps = {PLAIN: plain, RIL: OurStep(loop, task.rows)}
     responses = loop.rollout(0, list(enumerate(task.rows)))
-    advantages = torch.linspace(-1, 1, len(responses))
+    advantages = torch.linspace(-0.1, 0.1, len(responses))
     ours = loop.update_policy(responses, advantages, PhaseTimer())["loss/policy"]
     losses = {PLAIN: plain.update(responses, advantages), RIL: ours}
-    return case_of("RIL", num_tokens, f"{group}+{group}", steps, losses)
+    return case_of("RIL", num_tokens, f"{group}+{group}", dtype, steps, losses)
 
 
 def positions(step: Callable[[], None]) -> int:
@@ -384,20 +406,24 @@ def positions(step: Callable[[], None]) -> int:
         seen += states.shape[:-1].numel()
 
     hooks = [each.layers[0].register_forward_pre_hook(count, with_kwargs=True) for each in step.decoders]
-    step()
+    with without_graphs():
+        step()
     for hook in hooks:
         hook.remove()
     return seen
 
 
-def case_of(kind: str, num_tokens: int, group: int | str, steps: dict, losses: dict[str, float]) -> Case:
-    """A candidate's output is its loss of the same roll-outs, which must be the baseline's."""
+def case_of(
+    kind: str, num_tokens: int, group: int | str, dtype: torch.dtype, steps: dict, losses: dict[str, float]
+) -> Case:
+    """A candidate's output is its loss of the same roll-outs, which must be the baseline's; over beta, so that its KL
+    counts as nats."""
     tokens = {name: positions(step) for name, step in steps.items()}
 
     def candidate(step: Callable[[], None], name: str) -> Tensor:
         with torch.enable_grad():
             step()
-        return torch.tensor([losses[name]])
+        return torch.tensor([losses[name] / BETA], dtype=dtype)
 
     return Case(
         "step",
@@ -408,13 +434,13 @@ def case_of(kind: str, num_tokens: int, group: int | str, steps: dict, losses: d
         "",
         tokens=tokens,
         max_rounds=ROUNDS,
-        notes={name: step.note for name, step in steps.items()},
+        notes={name: step.phases.note for name, step in steps.items()},
+        dtype=dtype,
     )
 
 
-def all_cases(device: str, full: bool) -> list[tuple[str, str, Callable[[], Case]]]:
-    if device != "cpu":
-        return []
-    lengths, long = ((64, 256), (256, 1024)) if full else ((64,), ())  # a step of TRL's takes seconds
-    rl = [("step", f"RL alone P={num}", partial(rl_case, num, SIZES[num])) for num in lengths]
-    return rl + [("step", f"RIL P={num}", partial(ril_case, num, SIZES[num])) for num in long]
+def all_cases(dtype: torch.dtype, device: str, full: bool) -> list[tuple[str, str, Callable[[], Case]]]:
+    all_of_them = full or device == "cuda"
+    lengths, long = ((64, 256), (256, 1024)) if all_of_them else ((64,), ())  # TRL's step takes seconds on a CPU
+    rl = [("step", f"RL alone P={num}", partial(rl_case, num, SIZES[num], dtype, device)) for num in lengths]
+    return rl + [("step", f"RIL P={num}", partial(ril_case, num, SIZES[num], dtype, device)) for num in long]

@@ -21,6 +21,7 @@ from torch import nn
 
 from ril_engine.config import DeepSpeedConfig
 from ril_engine.errors import UserError
+from ril_engine.placement import place
 
 
 def init_distributed() -> None:
@@ -156,14 +157,6 @@ class _Unseen:
                 home._modules[name] = None
 
 
-def _place(module: nn.Module, config: DeepSpeedConfig, where: torch.device) -> None:
-    """On the device, in the training's dtype. Buffers keep theirs: the frequencies of rotary embeddings are float32 in
-    a model of any dtype."""
-    module.to(where)
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(training_dtype(config))
-
-
 def freeze(module: nn.Module, config: DeepSpeedConfig, *, whole: nn.Module | None = None) -> None:
     """Make a module ready that is only read, such as the reference: in the training's dtype, and with ZeRO-3
     partitioned over the ranks, which then call it together. It is on the accelerator, or with offload_idle at rest.
@@ -174,10 +167,10 @@ def freeze(module: nn.Module, config: DeepSpeedConfig, *, whole: nn.Module | Non
     init_distributed()
     module.requires_grad_(False).eval()
     if config.zero_stage < 3:
-        _place(module, config, torch.device("cpu") if config.offload_idle else device())
+        place(module, torch.device("cpu") if config.offload_idle else device(), training_dtype(config))
         return
     if whole is not None:
-        _place(whole, config, device())
+        place(whole, device(), training_dtype(config))
         _Unseen(module, whole)
     if config.offload_idle:  # its own way to have them there only while they are read
         config = config.model_copy(update={"offload_parameters": True})
@@ -251,7 +244,7 @@ class Engine:
             checkpoint_layers(module)
         self.partitioned = config.zero_stage == 3
         if self.partitioned and whole is not None:
-            _place(whole.eval(), config, device())
+            place(whole.eval(), device(), training_dtype(config))
         self.unseen = _Unseen(module, whole if self.partitioned else None)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, lr_scheduler=schedule, config=to_deepspeed(config, max_grad_norm)

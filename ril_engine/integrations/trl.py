@@ -42,9 +42,15 @@ def use_fused_logprob(trainer) -> None:
         TypeError: its model has no fused head of TRL's (`add_fused_lm_head`).
         ValueError: its loss reads more of the distribution than log-probs and entropies.
     """
-    models = [trainer.model, getattr(trainer, "ref_model", None)]
-    for model in (trainer.accelerator.unwrap_model(each) for each in models if each is not None):
+    accelerator, models = trainer.accelerator, [trainer.model, getattr(trainer, "ref_model", None)]
+    for each in (each for each in models if each is not None):
+        model = accelerator.unwrap_model(each)
+        within = vars(model).pop("_original_forward", None)  # the mixed precision that a reference has from the start
+        if within is not None:
+            model.forward = within
         use_fused_head(model.get_base_model() if hasattr(model, "get_base_model") else model)
+        if within is not None:
+            accelerator.prepare_model(model, evaluation_mode=True)
 
 
 def use_fused_head(model: nn.Module) -> None:

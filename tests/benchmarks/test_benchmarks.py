@@ -128,6 +128,17 @@ def test_cases_bear_the_names_of_models():
     assert all_cases("cuda")[5][2].args[:5] == ("Llama-3-8B", 8192, 4096, 128_256, torch.bfloat16)
 
 
+def test_a_gpu_has_all_cases_in_bfloat16():
+    on_gpu = all_cases("cuda")
+    names = {(op, name) for op, name, _ in on_gpu}
+    models = ("policy_pack", "rollout", "step")
+    assert {(op, name) for op, name, _ in all_cases("cpu", full=True) if op in models} < names
+    assert {(op, "14 x 14 picture, widths of 3B") for op in models[:2]} < names
+    for op, name, build in on_gpu:
+        if op != "group_advantages":
+            assert {*build.args[-2:], *build.keywords.values()} >= {torch.bfloat16, "cuda"}, name
+
+
 def test_ops_and_parts_of_names_select_cases(monkeypatch, capsys):
     def large():
         raise AssertionError("only what is wanted is built")

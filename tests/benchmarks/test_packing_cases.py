@@ -1,4 +1,5 @@
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,14 +7,15 @@ import torch
 from benchmarks import packing_cases, runner
 from benchmarks.case import BOTH
 from ril_engine import families
+from ril_engine.rollout.graphs import Graphs
 from ril_kernels import PackLayout, prefix_attention
 
 one_layer = partial(packing_cases.qwen2_5_vl, layers=1)
 
 
-@pytest.fixture(scope="module")
-def case():
-    return packing_cases.policy_pack_case("small", (2, 4), 14, 5, one_layer)
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def case(request):
+    return packing_cases.policy_pack_case("small", (2, 4), 14, 5, one_layer, request.param, "cpu")
 
 
 def test_candidates_are_right_and_counted(case):
@@ -39,7 +41,7 @@ def test_responses_that_read_each_other_are_seen(case, monkeypatch):
 
 
 def test_text_alone_has_no_gradient_in_the_vision_tower():
-    case = packing_cases.policy_pack_case("small", (0, 0), 1, 4, one_layer)
+    case = packing_cases.policy_pack_case("small", (0, 0), 1, 4, one_layer, torch.float32, "cpu")
     assert runner.wrong(case) == {}
     assert not any("visual" in name for name in case.grad)
     rows = runner.rows_of(case, runner.measure(case, "cpu", 1), 1, {})
@@ -48,8 +50,34 @@ def test_text_alone_has_no_gradient_in_the_vision_tower():
     assert both["padded"]["ratio"]["p50"] == 1 and "tokens" not in both["floor"]
 
 
+def test_all_that_packs_read_is_on_the_device():
+    """Ops refuse to mix a CPU's tensors with those of the meta device, which have no values and need no GPU. In padded
+    rows Hugging Face's own code reads the mask on the host."""
+    case = packing_cases.policy_pack_case("small", (0, 0), 1, 4, one_layer, torch.bfloat16, "meta")
+    for name in ("packed", "shared"):
+        results = runner._results(case, case.candidates[name], case.inputs)
+        assert [each.device.type for each in results] == ["meta"] * (1 + len(case.grad))
+        assert [each.dtype for each in results] == [torch.float32, *[torch.bfloat16] * len(case.grad)]
+    case.floors[BOTH][0]()
+
+
+def test_a_graph_hides_nothing_from_hooks():
+    layer = torch.nn.Linear(2, 3)
+    on_gpu = SimpleNamespace(is_cuda=True)  # of which Graphs would capture the step
+    found = packing_cases.linear_layers(layer, lambda: Graphs().run("key", lambda: layer(torch.ones(4, 2)), [on_gpu]))
+    assert found == {(4, 2, 3): 1}
+
+
 def test_the_model_has_about_20_million_parameters():
     assert sum(each.numel() for each in packing_cases.qwen2_5_vl().parameters()) == pytest.approx(20e6, rel=0.1)
+
+
+def test_the_wide_model_is_a_slice_of_the_3b():
+    """Per layer, the 3B has 75.5M in the language model (36 layers of its 3.09B less 311M of embeddings)."""
+    with torch.device("meta"):
+        one, two = (packing_cases.qwen2_5_vl(layers, packing_cases.OF_3B).model.language_model for layers in (1, 2))
+    sizes = [sum(each.numel() for each in model.parameters()) for model in (one, two)]
+    assert sizes[1] - sizes[0] == pytest.approx((3.09e9 - 151_936 * 2048) / 36, rel=0.01)
 
 
 def test_the_pictures_of_the_sizes_fit_their_prompts():
