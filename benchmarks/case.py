@@ -32,6 +32,7 @@ class Case:
     notes: dict[str, dict] = field(default_factory=dict)  # candidate -> what its last call says of itself, for its rows
     judge: Callable[[Tensor], Tensor] | None = None  # output -> how wrong, 0 if right, where several are right
     dtype: torch.dtype = torch.float32  # of the models, where no input has it
+    tolerance: float | None = None  # of an output, per unit of the largest true value (or of 1); None: by the dtype
     max_rounds: int | None = None  # of a case whose calls take seconds
     grows: bool = False  # candidates are one work, `tokens` times over: their rows say how time grows with it
 

@@ -82,7 +82,8 @@ def wrong(case: Case) -> dict[str, str]:
     allowed = []
     for usual, true in zip(usuals, truth, strict=True):
         own = float((usual.double() - true).abs().max())
-        allowed.append(3 * own + TOLERANCE[usual.dtype] * max(1.0, float(true.abs().max())))
+        tolerance = TOLERANCE[usual.dtype] if case.tolerance is None else case.tolerance
+        allowed.append(3 * own + tolerance * max(1.0, float(true.abs().max())))
     labels = ("output", *(f"gradient of {each}" for each in case.grad))
     faults = {}
     for name, candidate in case.candidates.items():

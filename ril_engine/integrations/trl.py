@@ -139,8 +139,8 @@ class RILMixin:
     the step's texts (arXiv 2510.19307, Algorithm 2), so `reward_weights` has one number more. All of a step go to D
     together: `steps_per_generation` and the batch size say how many those are. D is kept in the trainer's checkpoints.
 
-    RIL's policy update is `loss_type="dr_grpo", scale_rewards="none"` with `beta` > 0. TRL's KL covers teachers' tokens
-    as well, where the engine's `rl.kl_on` has the student's alone by default.
+    RIL's policy update is `loss_type="dr_grpo", scale_rewards="none", use_bias_correction_kl=False` with `beta` > 0.
+    TRL's KL covers teachers' tokens as well, where the engine's `rl.kl_on` has the student's alone by default.
 
     Args of the constructor, besides GRPOTrainer's:
         adversary: `ril_engine.adversary.Adversary`, D with the engine that trains it.
