@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,6 +76,7 @@ def _run(arguments: argparse.Namespace) -> dict:
     origin = _origin(arguments, device)
     output = arguments.output or RESULTS / f"{device}.jsonl"
     written, faults = [], []
+    began = time.monotonic()
     for case in _cases(arguments):
         wrong = runner.wrong(case)
         for candidate, what in wrong.items():
@@ -86,7 +88,8 @@ def _run(arguments: argparse.Namespace) -> dict:
         rows = runner.rows_of(case, runner.measure(case, device, rounds), rounds, origin)
         runner.append(output, rows)
         written += rows
-        print(case.name, file=sys.stderr)
+        print(f"{case.name}, in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        began = time.monotonic()
         for row in rows:
             _print_row(row)
     print_summary(written)
