@@ -49,7 +49,7 @@ OF_3B = (
 
 
 def qwen2_5_vl(layers: int = 4, widths: tuple[dict, dict] = SMALL) -> nn.Module:
-    """Random weights, with four layers 19M (5M of them in the vision tower), or 450M of the 3B's own widths."""
+    """Random weights, with four layers 19M (5M of them in the vision tower), or 440M of the 3B's own widths."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     text, vision = widths
