@@ -206,7 +206,7 @@ def policy_pack_case(
         grad=tuple(each for each in parameters if picture[0] or ".visual." not in each),
         no_grad=False,
         tokens=tokens,
-        max_rounds=5,
+        max_rounds=3,
     )
 
 

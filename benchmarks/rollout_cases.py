@@ -105,7 +105,7 @@ def rollout_case(
         "the GEMMs of every linear layer, prompts and pictures once",
         {NO_GRAD: sum(2 * rows * width * out * count for (rows, width, out), count in layers.items())},
         notes=notes,
-        max_rounds=5,
+        max_rounds=3,
         judge=partial(_regret, plain, prompts, dtype),
         dtype=dtype,
     )
