@@ -55,7 +55,6 @@ def evaluate(
                 {"place": i, "kind": row.get("kind", "question"), **{name: row.get(name) for name in ASKED}}
                 for i, row in rows
             ]
-            encoder.see(row for _, row in rows)
             for mode in MODES:
                 drawn = sampler.generate(rows, 1, seed=seed, greedy=mode == "greedy", advance=advance)
                 made = [each for (each,) in drawn]

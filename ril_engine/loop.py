@@ -100,7 +100,6 @@ class Loop:
             chosen = [self._teachers(step, slot, *question) for slot, question in zip(slots, questions, strict=True)]
             return [each for some in chosen for each in some]
         self.policy.eval()
-        self.encoder.see(row for _, row in questions)
         with self.student.gathered():
             drawn = self.sampler.generate(questions, group, seed=seed_of(config.seed, 3, step))
         responses = []
@@ -174,9 +173,7 @@ class Loop:
         slots, lengths = [each["slot"] for each in responses], [len(each["ids"]) for each in responses]
         prompts = [each["prompt_tokens"] for each in responses]
         prepared = []
-        parts = self._micro_batches(slots, prompts, lengths)
-        self.encoder.see(responses[i]["row"] for part in parts for i in part)
-        for part in parts:
+        for part in self._micro_batches(slots, prompts, lengths):
             index = part or [0]
             some = [responses[i] for i in index]
             batch = self.encoder.batch([each["row"] for each in some], [each["ids"] for each in some], rl.packing)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -25,7 +25,6 @@ from ril_engine.questions import image_path, parts, pictures
 
 CACHED_PROMPTS = 4096
 CACHED_BYTES = 2**30  # 20 MB of pixels are usual for a picture of a million, a fifth of it where a tower has looked
-SIDE_BY_SIDE = 16_384  # rows of pixels that a tower sees at a time: 4 pictures of a million pixels for Qwen2.5-VL
 IMAGE_BYTES = 2**26  # of a picture's file; a larger one is refused
 
 
@@ -191,35 +190,6 @@ class Encoder:
         if key in self._prompts:
             self._prompts.move_to_end(key)
             return self._prompts[key]
-        encoded = self._encoded(question, asked)
-        if self.look is not None and pictures(question):
-            encoded["pixel_values"] = self.look(encoded).cpu()
-        return self._keep(key, encoded)
-
-    def see(self, questions: Iterable[dict]) -> None:
-        """Prepare questions that `prompt` is soon asked for, whose pictures a frozen tower then sees side by side."""
-        waiting: dict[tuple, dict[str, Tensor]] = {}
-        for question in questions if self.look is not None else ():
-            key = tuple(asked := parts(question))
-            if key not in self._prompts and key not in waiting and pictures(question):
-                waiting[key] = self._encoded(question, asked)
-            if sum(len(each["pixel_values"]) for each in waiting.values()) >= SIDE_BY_SIDE:
-                self._see(waiting)
-                waiting = {}
-        if waiting:
-            self._see(waiting)
-
-    def _see(self, waiting: dict[tuple, dict[str, Tensor]]) -> None:
-        some = list(waiting.values())
-        names = [name for name in ("pixel_values", "image_grid_thw") if name in some[0]]
-        together = {name: torch.cat([each[name] for each in some]) for name in names}
-        seen = self.look(together).cpu()
-        rows = len(together["pixel_values"]) // len(seen)  # of pixels to one that the tower gives
-        parts = seen.split([len(each["pixel_values"]) // rows for each in some])
-        for (key, each), part in zip(waiting.items(), parts, strict=True):
-            self._keep(key, {**each, "pixel_values": part.clone()})
-
-    def _encoded(self, question: dict, asked: list[tuple[str, str]]) -> dict[str, Tensor]:
         if any(token in text for kind, text in asked for token in self.tokenizer.all_special_tokens if kind == "text"):
             raise UserError(f"question {question['id']}: its text holds a special token of the model; remove it")
         content = [{"type": kind} | ({"text": text} if kind == "text" else {}) for kind, text in asked]
@@ -227,9 +197,9 @@ class Encoder:
         rendered = self.processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
         )
-        return dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
-
-    def _keep(self, key: tuple, encoded: dict[str, Tensor]) -> dict[str, Tensor]:
+        encoded = dict(self.processor(text=[rendered], images=images, return_tensors="pt"))
+        if self.look is not None and images:
+            encoded["pixel_values"] = self.look(encoded).cpu()
         self._prompts[key] = encoded
         self._cached_bytes += _size(encoded)
         while len(self._prompts) > CACHED_PROMPTS or (self._cached_bytes > CACHED_BYTES and len(self._prompts) > 1):

@@ -46,7 +46,7 @@ def test_batched_logprobs_equal_one_by_one(family, task):
 
 
 @pytest.mark.parametrize("packing", ["padded", "packed", "shared"])
-def test_a_frozen_tower_looks_once(family, task, packing, monkeypatch):
+def test_a_frozen_tower_looks_once(family, task, packing):
     """Policy, its copy and generation share the look: the same log-probs and gradients of all that is trained."""
     (model, encoder), rows = family, [*task[1][:3], {"id": "none", "question": "How many?"}]
     responses = [encoder.response(text) for text in ("7", "I see 7 and 8.", "so it is odd.", "none")]
@@ -60,10 +60,6 @@ def test_a_frozen_tower_looks_once(family, task, packing, monkeypatch):
     first.register_forward_pre_hook(lambda *_: calls.append("look"))
     seeing = Encoder(ours.model, encoder.processor, task[0], 10_000, look_once(ours.model))
     rows, responses = ([each[i] for i in (0, 0, 1, 2, 3)] for each in (rows, responses))
-    if packing == "shared":  # side by side, three pictures and no more than two at a time
-        monkeypatch.setattr(models, "SIDE_BY_SIDE", 2 * len(encoder.prompt(rows[0])["pixel_values"]))
-        seeing.see(rows)
-        seeing.see(rows)
     expected, got = plain(encoder.batch(rows, responses, packing)), ours(seeing.batch(rows, responses, packing))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
     expected.sum().backward(), got.sum().backward()
@@ -77,7 +73,7 @@ def test_a_frozen_tower_looks_once(family, task, packing, monkeypatch):
     with torch.no_grad():
         copied = copy.deepcopy(ours)(seeing.batch(rows, responses, packing))
     torch.testing.assert_close(copied, got)
-    assert calls.count("look") == (2 if packing == "shared" else 3) and "model" in calls  # three pictures, once each
+    assert calls.count("look") == 3 and "model" in calls  # three pictures, once each
     torch.testing.assert_close(seeing.prompt(rows[0])["input_ids"], encoder.prompt(rows[0])["input_ids"])
 
 
