@@ -158,7 +158,7 @@ def main() -> int:
     run = commands.add_parser("run", help="check, time and append rows to benchmarks/results/DEVICE.jsonl")
     run.add_argument("--rounds", type=int, default=ROUNDS)
     paper = run.add_argument_group("paper", "of `run paper`: the paper's comparison on the digits task (hours)")
-    paper.add_argument("--short", action="store_true", help="two seeds, three methods, less training (minutes)")
+    paper.add_argument("--short", action="store_true", help="two seeds, two methods, less training (minutes)")
     paper.add_argument("--seeds", type=int, help="default: 3, or 2 with --short")
     paper.add_argument("--ablations", action="store_true", help="those of RIL with both teachers, too")
     paper.add_argument("--jobs", type=int, default=2, help="runs at a time, which share the cores (default: 2)")

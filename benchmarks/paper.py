@@ -114,20 +114,33 @@ def study(output: Path, work_dir: Path, seeds: int, short: bool, ablations: bool
     done = {(row["method"], row["seed"], row["short"]) for row in _rows(output) if row["commit"] == origin["commit"]}
     runs = planned(seeds, short, ablations)
     todo, began = [run for run in runs if run.key not in done], time.monotonic()
+    failed: list[BaseException] = []
+
+    def work(run: Run) -> dict | None:  # none begins after a failure; what runs then may end
+        try:
+            return None if failed else trained(run, work_dir, jobs)
+        except Exception as error:
+            failed.append(error)
+            return None
+
     with ThreadPoolExecutor(jobs) as pool:
-        results = {pool.submit(trained, run, work_dir, jobs): run for run in todo}
+        results = {pool.submit(work, run): run for run in todo}
         try:
             for number, future in enumerate(as_completed(results), 1):
                 run, result = results[future], future.result()
+                if result is None:
+                    continue
                 row = {"method": run.method, "seed": run.seed, "short": run.short, "settings": list(run.settings)}
                 append(output, [row | {"curves": curves(Path(result["run_dir"]))} | _kept(result) | origin])
                 left = (time.monotonic() - began) / number * (len(todo) - number) / 60
                 greedy = " -> ".join(f"{result['evaluation'][when]['greedy']:.3f}" for when in ("before", "after"))
                 said = f"{number} of {len(todo)}: {run.method}, seed {run.seed}: greedy {greedy}"
                 print(f"{said}; about {left:.0f} min left", file=sys.stderr, flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
+        except BaseException as error:  # Ctrl-C
+            failed.append(error)
             raise
+    if failed:
+        raise failed[0]
     return len(runs)
 
 

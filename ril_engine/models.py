@@ -24,7 +24,7 @@ from ril_engine.placement import to_device
 from ril_engine.questions import image_path, parts, pictures
 
 CACHED_PROMPTS = 4096
-CACHED_BYTES = 2**30  # 20 MB of pixels are usual for a picture of a million, a fifth of it where a tower has looked
+CACHED_BYTES = 2**30  # 20 MB of pixels are usual for a picture of a million; what Qwen's tower makes of them is less
 IMAGE_BYTES = 2**26  # of a picture's file; a larger one is refused
 
 

@@ -240,6 +240,7 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
             ("a" * 40, False),
             "error: gpu-static reports all kernels, untimed: leave",
         ),
+        (["run", "paper", "--jobs", "0"], ("a" * 40, False), "error: --jobs 0: expected 1 or more; 2 is usual"),
         (["run", "--rounds", "0"], ("a" * 40, False), "error: --rounds 0: expected 1 or more; 9 is usual"),
         (["run", "--case", "nobody"], ("a" * 40, False), "error: --case nobody: no such case; `python -m benchmarks"),
         (

@@ -1,6 +1,8 @@
 """The paper's comparison: what is run, real runs of two methods at toy size, and the tables."""
 
 import json
+import threading
+import time
 
 import pytest
 
@@ -52,6 +54,28 @@ def test_two_methods_run_and_make_rows(tmp_path, monkeypatch):
     assert paper.study(output, tmp_path / "runs", **form) == 2 and output.read_text() == before  # nothing twice
     text = paper.write_tables(output, tmp_path).read_text()
     assert "## Short form" in text and f"| {paper.REJECTION} | 1 |" in text
+
+
+def test_what_runs_beside_a_failure_keeps_its_row(tmp_path, monkeypatch):
+    """The first two begin together; the other one ends after the failure, and nothing begins any more."""
+    failed, begun = threading.Event(), []
+
+    def trained(run, work_dir, jobs) -> dict:
+        begun.append(run.method)
+        if run.method == "GRPO":
+            failed.set()
+            raise UserError("no room")
+        assert failed.wait(20)
+        time.sleep(0.2)  # the failure is noted first
+        return {"run_dir": "", "steps": 1, "seconds": 1.0, "evaluation": row(run.method, 0, 0.5)["evaluation"]}
+
+    monkeypatch.setattr(paper, "trained", trained)
+    monkeypatch.setattr(paper, "curves", lambda folder: {})
+    form = {"seeds": 1, "short": False, "ablations": False, "jobs": 2, "origin": ORIGIN}
+    with pytest.raises(UserError, match="no room"):
+        paper.study(tmp_path / "paper.jsonl", tmp_path, **form)
+    assert begun == [paper.FIRST, "GRPO"]
+    assert [json.loads(line)["method"] for line in (tmp_path / "paper.jsonl").open()] == [paper.FIRST]
 
 
 def row(method: str, seed: int, greedy: float, short: bool = False) -> dict:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from ril_engine import digits, tiny_models
 from ril_engine.adversary import WEIGHTS
 from ril_engine.config import ModelConfig
 from ril_engine.discriminator import new_discriminator
-from ril_engine.integrations.trl import use_fused_head
+from ril_engine.integrations.trl import RILMixin, use_fused_head
 from tests.integrations.ril_trainer_job import STEPS as JOB_STEPS
 from tests.integrations.ril_trainer_job import TEACHER
 from tests.test_readme import python_blocks
@@ -200,6 +201,37 @@ def test_ten_steps_of_a_vlm_are_trls_own_with_less_memory(student, tmp_path):
         assert len(set(values[0].tolist())) > STEPS // 2
         torch.testing.assert_close(values[1], values[0], rtol=0, atol=1e-5 if name != "grad_norm" else 1e-4)
     assert peaks[1] < 0.8 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("room", [-1, 0, 1])
+def test_a_teachers_text_ends_as_a_students_would(student, room):
+    """With an EOS, or cut at the limit and without one; D and the rewards read the same."""
+    tokenizer = AutoProcessor.from_pretrained(student).tokenizer
+    ids = tokenizer("It shows 1 2", add_special_tokens=False)["input_ids"]
+    limit = len(ids) + room
+    trainer = SimpleNamespace(_tokenizer=tokenizer, max_completion_length=limit)
+    text, got = RILMixin._response(trainer, "It shows 1 2")
+    assert got == ([*ids, tokenizer.eos_token_id] if room == 1 else ids[:limit])
+    assert text == tokenizer.decode(ids[:limit])
+
+
+def test_a_checkpoint_without_d_is_refused(tmp_path):
+    class Loads:
+        def _load_optimizer_and_scheduler(self, checkpoint) -> None: ...
+
+    class Trainer(RILMixin, Loads):
+        def __init__(self):
+            self._adversary = SimpleNamespace(engine=object())
+
+    with pytest.raises(ValueError, match="which has no discriminator, expected a checkpoint of a RIL trainer"):
+        Trainer()._load_optimizer_and_scheduler(str(tmp_path))
+    Trainer()._load_optimizer_and_scheduler(None)  # a new run
+
+
+def test_too_few_teacher_responses_are_refused():
+    trainer = SimpleNamespace(_rows=[{"teacher_responses": [["a"], ["b"]]}])
+    with pytest.raises(ValueError, match="teacher_responses: got 2 texts for a question, expected at least 3"):
+        RILMixin._teachers(trainer, 0, 3)
 
 
 @pytest.mark.distributed
