@@ -42,8 +42,6 @@ METHODS: dict[str, tuple[str, ...]] = {
     # As many responses per step as the others' 16 x 4; what it imitates is made from the student's saved answers.
     REJECTION: ("rl.algorithm=sft", "rl.questions_per_step=64", "rl.group_size=1", "on_bad_data=skip"),
 }
-# Other teachers are other data to the stages: these are given the student that the others have.
-OTHER_TEACHERS = (TEACHER_A, "RIL, teacher B (InternVL)", REJECTION)
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "D none": ("discriminator.use=none",),
     "D fixed": ("discriminator.use=fixed",),
@@ -156,9 +154,6 @@ def trained(run: Run, work_dir: Path, jobs: int) -> dict:
     """The last line of the main job."""
     usual = (*(SHORT if run.short else ()), f"seed={run.seed}", f"work_dir={work_dir}")
     log = work_dir / "logs" / f"{re.sub('[^a-z0-9]+', '-', run.method.lower())}-seed{run.seed}.log"
-    if run.method in OTHER_TEACHERS:
-        student = _launched(["ril_engine/cli.py", "sft"], usual, jobs, log)["student"]
-        usual += (f"student.path={student}", "sft.steps=0")
     settings = run.settings
     if run.method == REJECTION:
         accepted = _accepted((*usual, *METHODS[TEACHER_A]), work_dir / f"accepted-seed{run.seed}.jsonl", jobs, log)

@@ -265,7 +265,7 @@ def git_state(root: Path) -> tuple[str, bool]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=root, check=True, capture_output=True, text=True).stdout
 
-    results = [":(exclude)benchmarks/results", ":(exclude)benchmarks/RESULTS.md"]
+    results = [f":(exclude,glob)benchmarks/{each}" for each in ("results/**", "*.md", "*.svg")]
     return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--", ".", *results).strip())
 
 

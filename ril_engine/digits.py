@@ -152,13 +152,12 @@ def _rows(split: str, count: int, kinds: tuple[str, ...], scans, folder: Path, s
         }
 
 
-def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
-    """Write train, validation and test questions, the student's SFT data and each teacher's, as JSONL with PNGs.
+def build(folder: Path, config: DigitsConfig) -> None:
+    """Write train, validation and test questions, SFT data of the student and of each style, as JSONL with PNGs.
 
     Args:
         folder: an empty folder.
         config: sizes and shares.
-        styles: teacher name -> style of `reasoned_answer`.
     """
     scans = _scans(config)
     for split, count in (
@@ -181,9 +180,9 @@ def build(folder: Path, config: DigitsConfig, styles: dict[str, str]) -> None:
         text = reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style) if reasoned else row["answer"]
         student.append({**row, "response": text})
     write_jsonl(folder / "sft.jsonl", student)
-    for name, style in styles.items():
+    for style in STYLES:
         write_jsonl(
-            folder / f"sft_{name}.jsonl",
+            folder / f"sft_{style}.jsonl",
             ({**row, "response": reasoned_answer(row["kind"], *row["digits"], *row["numbers"], style)} for row in rows),
         )
 

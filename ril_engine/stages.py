@@ -37,7 +37,7 @@ _TRAINING = ("engine", "policy", *_MODELS)
 # What the output of a stage hangs on, besides the stages that it reads: modules and packages of this one, and rooms of
 # ril_kernels. The first part of a key names its entry.
 CODE: dict[str, tuple[str, ...]] = {
-    "data": ("digits", "stages", "tiny_models"),
+    "data": ("digits", "stages"),
     "files": (),
     "unpacked": ("models", "questions", "stages", "user_data"),
     "model": (),
@@ -163,16 +163,11 @@ def on_rank_0(work: Callable[[], T]) -> T:
 def data(config: Config) -> tuple[Path, str]:
     """The dataset folder and the hash of its text files."""
     if config.data.dir == "digits":
-        styles = {
-            teacher.name: tiny_models.recipe(teacher.path)[3]
-            for teacher in config.teachers
-            if teacher.path.startswith("tiny:")
-        }
-        key = key_of("data", config.data.digits, styles)
+        key = key_of("data", config.data.digits)
 
         def build(folder: Path) -> None:
             if is_main():
-                digits.build(folder, config.data.digits, styles)
+                digits.build(folder, config.data.digits)
 
         return stage(config, "data", key, build), key
     folder = Path(config.data.dir)
@@ -273,7 +268,7 @@ def teacher(config: Config, which: TeacherConfig, data_dir: Path, data_key: str)
     if not which.path.startswith("tiny:"):
         return which.path, key_of("model", which)
     key = key_of("teacher", which, config.teacher_sft, *_shared(config), data_key)
-    file = f"sft_{which.name}.jsonl"
+    file = f"sft_{tiny_models.recipe(which.path)[3]}.jsonl"
 
     def build(out: Path) -> None:
         # A teacher belongs to the task, as a downloaded one would: it is the same for every seed of a study.

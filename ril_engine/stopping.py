@@ -26,7 +26,7 @@ class Stop(AbstractContextManager):
     """
 
     def __init__(self):
-        self._asked: int = 0
+        self._asked: set[int] = set()
         self._agreed = False
 
     def __enter__(self) -> Stop:
@@ -49,10 +49,11 @@ class Stop(AbstractContextManager):
             if number[0] not in SIGNALS:
                 continue
             if not self._asked:
-                self._asked, first = number[0], monotonic()
+                first = monotonic()
                 if rank() == 0:
-                    name = signal.Signals(self._asked).name
+                    name = signal.Signals(number[0]).name
                     print(f"{name}: the run stops after this step, another signal stops it at once", file=sys.stderr)
+            self._asked.add(number[0])
             # Once all have agreed, one that has ended may just be done. Of the rest, once one has died, DeepSpeed's
             # launcher sends SIGTERM to one after another and waits 30 s for each, which may be inside a collective
             # that never ends.
@@ -61,8 +62,11 @@ class Stop(AbstractContextManager):
         os.close(self._read)
 
     def agreed(self) -> str | None:
-        """The name of the signal that any rank was sent. All ranks call it after the same step."""
-        asked = torch.tensor(self._asked)
+        """The name of the signal that any rank was sent. All ranks call it after the same step.
+
+        SIGINT where they heard both: of Ctrl-C the launcher makes a SIGTERM, which a busy rank may take first.
+        """
+        asked = torch.tensor([int(each in self._asked) for each in SIGNALS])
         dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-        self._agreed = bool(asked)
-        return signal.Signals(int(asked)).name if asked else None
+        self._agreed = bool(asked.any())
+        return SIGNALS[int(asked.argmax())].name if self._agreed else None

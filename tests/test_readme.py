@@ -38,3 +38,8 @@ def test_the_loss_in_a_users_trainer():
 
 def test_every_block_is_run_by_some_test():
     assert len(python_blocks("")) == len(python_blocks("ril_kernels import")) + len(python_blocks("integrations.trl"))
+
+
+def test_its_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)", README.read_text())
+    assert links and not [each for each in links if "://" not in each and not (README.parent / each).exists()]

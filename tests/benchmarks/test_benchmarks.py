@@ -219,7 +219,8 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
     git("add", ".")
     git("commit", "-qm", "first")
     (tmp_path / "benchmarks" / "results").mkdir(parents=True)
-    (tmp_path / "benchmarks" / "results" / "cpu.jsonl").write_text("{}")
+    for name in ("results/cpu.jsonl", "RESULTS.md", "PAPER.md", "paper.svg"):
+        (tmp_path / "benchmarks" / name).write_text("")
     commit, dirty = runner.git_state(tmp_path)
     assert len(commit) == 40 and not dirty
     (tmp_path / "a.py").write_text("2")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("trl", reason="TRL (extra `dev`, Python 3.11 or later) is not installed")
-from benchmarks import step_cases
+from benchmarks import step_cases, step_task
 from benchmarks.runner import wrong
 from ril_engine.errors import UserError
 
@@ -15,12 +15,12 @@ SMALL = {"HIDDEN": 64, "LAYERS": 1, "VOCABULARY": 1024, "SAMPLES": 4, "LENGTH": 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     for name, value in SMALL.items():
-        monkeypatch.setattr(step_cases, name, value)
+        monkeypatch.setattr(step_task, name, value)
 
 
 @DTYPES
-def test_rl_alone(dtype, monkeypatch):
-    monkeypatch.delenv("LOCAL_RANK", raising=False)  # of other tests' job of one, which TRL would join
+@pytest.mark.usefixtures("alone")  # a job of one that TRL must not join
+def test_rl_alone(dtype):
     case = step_cases.rl_case(32, (2, 4), dtype, "cpu")
     assert wrong(case) == {} and case.dtype == dtype
     tokens = case.tokens
@@ -39,7 +39,7 @@ def test_ril(dtype):
     case = step_cases.ril_case(32, (2, 4), dtype, "cpu")
     assert wrong(case) == {} and case.tokens[step_cases.RIL] < 0.6 * case.tokens[step_cases.PLAIN]
     plain, ours = (case.candidates[name]() for name in (step_cases.PLAIN, step_cases.RIL))
-    torch.testing.assert_close(ours, plain, rtol=0, atol=step_cases.TOLERANCE[dtype])
+    torch.testing.assert_close(ours, plain, rtol=0, atol=step_task.TOLERANCE[dtype])
     assert bool((ours.abs() > 0.1).all())
     for note in case.notes.values():
         assert {"rollout", "discriminator", "reference", "policy"} <= set(note["phase_share"])

@@ -34,7 +34,7 @@ def prepare(folder: Path) -> None:
     for name in ("student", "data", "d"):
         (folder / name).mkdir()
     tiny_models.build(folder / "student", "tiny:student", ["Tell who wrote the response"], 0)
-    digits.build(folder / "data", sizes, {})
+    digits.build(folder / "data", sizes)
     model, processor = load(ModelConfig(path=str(folder / "student")))
     assert model.lm_head.weight is model.get_input_embeddings().weight
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().flip(0).clone())

@@ -57,7 +57,7 @@ def main() -> None:
         sizes = DigitsConfig(train_questions=9, validation_questions=1, test_questions=1, sft_questions=1)
         (folder / "data").mkdir()
         (folder / "model").mkdir()
-        digits.build(folder / "data", sizes, {})
+        digits.build(folder / "data", sizes)
         tiny_models.build(folder / "model", "tiny:student", [], seed=0)
     dist.barrier()
     for name, settings in CASES.items():

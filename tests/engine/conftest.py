@@ -120,7 +120,7 @@ def job(tmp_path_factory, alone):
     data_dir.mkdir()
     d_path.mkdir()
     tiny_models.build(student, "tiny:student", [config.discriminator.instruction], 0)
-    digits.build(data_dir, config.data.digits, {})
+    digits.build(data_dir, config.data.digits)
     rows = [json.loads(line) for line in (data_dir / "train.jsonl").read_text().splitlines()]
     saved: dict = {}
     for name, style in (("a", "sentences"), ("b", "clauses")):

@@ -57,7 +57,7 @@ def test_no_scan_is_shared_between_splits():
 def test_build_writes_questions_and_pictures(tmp_path):
     from PIL import Image
 
-    digits.build(tmp_path, SMALL, {"a": "sentences", "b": "clauses"})
+    digits.build(tmp_path, SMALL)
     rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
     assert [row["kind"] for row in rows[:10]] == list(digits.KINDS) and len(rows) == 27
     for row in rows:
@@ -71,15 +71,15 @@ def test_build_writes_questions_and_pictures(tmp_path):
         if row["kind"] == digits.PERCEPTION:
             assert row["response"] == row["answer"] == "{} {}".format(*row["digits"])
     assert 0 < sum(row["response"] != row["answer"] for row in student) < 40
-    taught = [json.loads(line) for line in (tmp_path / "sft_a.jsonl").read_text().splitlines()]
+    taught = [json.loads(line) for line in (tmp_path / "sft_sentences.jsonl").read_text().splitlines()]
     assert [row["id"] for row in taught] == [row["id"] for row in student]
     for row in taught:
         for a, sign, b, c in re.findall(r"(\d)([+*])(\d)=(\d+)", row["response"]):
             assert int(c) == (int(a) + int(b) if sign == "+" else int(a) * int(b))
     again = tmp_path / "again"
     again.mkdir()
-    digits.build(again, SMALL, {"a": "sentences", "b": "clauses"})
-    for path in ("test.jsonl", "sft_b.jsonl", rows[0]["image"]):
+    digits.build(again, SMALL)
+    for path in ("test.jsonl", "sft_clauses.jsonl", rows[0]["image"]):
         assert (again / path).read_bytes() == (tmp_path / path).read_bytes()
 
 

@@ -75,7 +75,7 @@ def test_intervals():
 def test_any_file_of_questions_is_measured_by_the_answer_rewards(tmp_path, alone, capfd, monkeypatch):
     sizes = DigitsConfig(train_questions=9, validation_questions=1, test_questions=1, sft_questions=1)
     (tmp_path / "data").mkdir()
-    digits.build(tmp_path / "data", sizes, {})
+    digits.build(tmp_path / "data", sizes)
     rows = [json.loads(line) for line in (tmp_path / "data" / "train.jsonl").read_text().splitlines()[:6]]
     asked = [
         {"question": row["question"], "answer": "7", "images": [row["image"]], "kind": "ab"[i % 2]}

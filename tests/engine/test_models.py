@@ -18,7 +18,7 @@ from ril_engine.policy import Policy
 def task(tmp_path_factory):
     folder = tmp_path_factory.mktemp("digits")
     settings = DigitsConfig(train_questions=9, validation_questions=1, test_questions=1, sft_questions=1)
-    digits.build(folder, settings, {})
+    digits.build(folder, settings)
     return folder, [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
 
 

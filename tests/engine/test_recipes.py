@@ -38,7 +38,7 @@ def write_data(folder: Path) -> None:
     """Four questions as Parquet with their pictures inside, SFT rows as turns, and a test file."""
     folder.mkdir()
     sizes = DigitsConfig(train_questions=9, validation_questions=1, test_questions=9, sft_questions=9)
-    digits.build(folder, sizes, {})
+    digits.build(folder, sizes)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()[:4]]
     (folder / "train.jsonl").unlink()
     columns = {name: [row[name] for row in rows] for name in ("id", "question", "answer", "kind")}

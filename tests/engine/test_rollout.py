@@ -29,7 +29,7 @@ def task(tmp_path_factory):
     """200 questions, one to forty words long, two of three with a picture."""
     folder = tmp_path_factory.mktemp("digits")
     settings = DigitsConfig(train_questions=40, validation_questions=1, test_questions=1, sft_questions=1)
-    digits.build(folder, settings, {})
+    digits.build(folder, settings)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     generator = torch.Generator().manual_seed(0)
     questions = []

@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from ril_engine.errors import exit_code
-from ril_engine.stopping import SAME_REQUEST_S, Stop
+from ril_engine.stopping import SAME_REQUEST_S, SIGNALS, Stop
 from tests.engine.jobs import launched
 
 BUSY = """
@@ -47,6 +48,19 @@ def test_a_signal_asks_for_a_stop_and_its_echo_changes_nothing(number, capfd, mo
         time.sleep(0.1)
     assert signal.getsignal(number) == before
     assert capfd.readouterr().err == f"{number.name}: the run stops after this step, another signal stops it at once\n"
+
+
+@pytest.mark.usefixtures("alone")
+def test_ctrl_c_is_called_so_where_the_launchers_signal_is_taken_first():
+    """Of two that wait, the handler of the higher number runs first."""
+    with Stop() as stop:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for each in SIGNALS:
+            signal.pthread_kill(threading.get_ident(), each)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        wait_for(stop.agreed)
+        time.sleep(0.1)
+        assert stop.agreed() == "SIGINT"
 
 
 def test_a_second_signal_ends_the_process_inside_an_op():

@@ -164,7 +164,9 @@ def test_a_signal_to_the_whole_job_is_one_to_each_rank(start, whole, number):
     with held(run_dir / "lock", lambda holder: None):  # until rank 0 has ended
         _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    (done,) = re.findall(rf"{number.name}: stopped after step (\d+) of {STEPS}: --resume {run_dir} goes on", err)
+    stopped = re.findall(rf"{number.name}: stopped after step (\d+) of {STEPS}: --resume {run_dir} goes on", err)
+    assert len(stopped) == 1, err
+    (done,) = stopped
     assert (run_dir / "checkpoints" / f"step-{int(done):06}").exists()
     assert_same(last_json(run("--resume", run_dir, ranks=2)), results[2])
 
