@@ -177,7 +177,7 @@ def main() -> int:
         each.add_argument(
             "--full",
             action="store_true",
-            help="the models' own H and V on a CPU too, and the large packs: gigabytes, minutes",
+            help="the models' own H and V on a CPU too, and the large packs: gigabytes, an hour",
         )
         each.add_argument("--device", choices=("cpu", "cuda"), default=default)
     commands.add_parser("report", help="write benchmarks/RESULTS.md from the rows")

@@ -140,6 +140,16 @@ class TeacherConfig(ModelConfig):
         _require_one_source(f"teacher {self.name}", self.path, self.trust_remote_code, others)
         return self
 
+    @field_validator("path")
+    @classmethod
+    def _reasons(cls, path: str) -> str:
+        from ril_engine.tiny_models import RECIPES
+
+        teachers = [f"tiny:{name}" for name, (*_, style) in RECIPES.items() if style]
+        if path.startswith("tiny:") and path not in teachers:
+            raise ValueError(f"got {path!r}, no tiny teacher, expected {', '.join(teachers)} or a checkpoint")
+        return path
+
 
 class VerifierConfig(Section):
     """1 where the response's final answer equals the reference: numbers, units, fractions, choices, words."""
@@ -479,9 +489,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _consistent(self):
         taught = self.rl.algorithm in ("ril", "sft")
-        seeing = {"student": self.student, **{f"teacher {each.name}": each for each in self.teachers}}
-        if blind := [name for name, each in seeing.items() if each.path == "tiny:judge"]:
-            raise ValueError(f"{blind[0]} is tiny:judge, which reads no pictures: give tiny:student or a checkpoint")
+        if self.student.path == "tiny:judge":
+            raise ValueError("student is tiny:judge, which reads no pictures: give tiny:student or a checkpoint")
         if self.student.path.startswith("tiny:") and not self.sft.steps:
             raise ValueError(
                 f"sft.steps is 0, but student.path {self.student.path} is built by that training: raise it or give a "

@@ -90,8 +90,8 @@ def test_defaults_are_the_papers(write):
         ("teachers: [{name: a, path: c, weight: 0}]", "teachers.0.weight: Input should be greater than 0, got 0"),
         ("teachers: [{name: a, responses: 5}]", "teachers.0.responses: expected a path, got 5"),
         (
-            "teachers: [{name: a, path: 'tiny:judge'}]",
-            "teacher a is tiny:judge, which reads no pictures: give tiny:stu",
+            "teachers: [{name: a, path: 'tiny:student'}]",
+            "teachers.0.path: got 'tiny:student', no tiny teacher, expected tiny:qwen_teacher, tiny:internvl_teacher ",
         ),
         (
             "teachers: [{name: a, server: {model: m}}]",
@@ -110,6 +110,7 @@ def test_defaults_are_the_papers(write):
             GOOD + "student: {path: 'tiny:nobody'}",
             "student.path: got 'tiny:nobody', no such tiny model, expected tiny:student, .* or a checkpoint",
         ),
+        (GOOD + "student: {path: 'tiny:judge'}", "student is tiny:judge, which reads no pictures: give tiny:stu"),
         (GOOD + "sft: {steps: 0}", "sft.steps is 0, but student.path tiny:student is built by that training: raise it"),
         (GOOD + "data: {dir: 5}", "data.dir: Input should be a valid string, got 5"),
         (GOOD + "work_dir: 5", "work_dir: expected a path, got 5"),
