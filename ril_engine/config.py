@@ -125,7 +125,11 @@ class TeacherConfig(ModelConfig):
     """A checkpoint at `path`, a model behind a `server`, or a file of `responses` made elsewhere."""
 
     name: str = Field(description="as it appears in responses and metrics", pattern=r"^[A-Za-z0-9_.-]+$")
-    path: str = Field("", description="as the student's; none with a server or a file")
+    path: str = Field(
+        "",
+        description='a checkpoint, as the student\'s, or "tiny:qwen_teacher" or "tiny:internvl_teacher"; none with a '
+        "server or a file",
+    )
     server: ServerConfig | None = Field(None, description="generates the responses; nothing is loaded here then")
     responses: Path | None = Field(
         None,
@@ -142,8 +146,8 @@ class TeacherConfig(ModelConfig):
 
     @field_validator("path")
     @classmethod
-    def _reasons(cls, path: str) -> str:
-        from ril_engine.tiny_models import RECIPES
+    def _known(cls, path: str) -> str:
+        from ril_engine.tiny_models import RECIPES  # which reads this file
 
         teachers = [f"tiny:{name}" for name, (*_, style) in RECIPES.items() if style]
         if path.startswith("tiny:") and path not in teachers:

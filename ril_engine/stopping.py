@@ -45,20 +45,20 @@ class Stop(AbstractContextManager):
 
     def _watch(self) -> None:
         first = 0.0
-        while number := os.read(self._read, 1):
-            if number[0] not in SIGNALS:
+        while numbers := os.read(self._read, 64):  # all that have come by now
+            if not (asked := [each for each in SIGNALS if each in numbers]):
                 continue
             if not self._asked:
                 first = monotonic()
                 if rank() == 0:
-                    name = signal.Signals(number[0]).name
+                    name = asked[0].name
                     print(f"{name}: the run stops after this step, another signal stops it at once", file=sys.stderr)
-            self._asked.add(number[0])
+            self._asked.update(asked)
             # Once all have agreed, one that has ended may just be done. Of the rest, once one has died, DeepSpeed's
             # launcher sends SIGTERM to one after another and waits 30 s for each, which may be inside a collective
             # that never ends.
             if monotonic() - first > SAME_REQUEST_S or (not self._agreed and bereft()):
-                os._exit(128 + number[0])
+                os._exit(128 + asked[0])
         os.close(self._read)
 
     def agreed(self) -> str | None:

@@ -215,15 +215,15 @@ def test_a_changed_tree_is_noticed_but_not_its_results(tmp_path):
         subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
 
     git("init", "-q")
-    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "benchmarks" / "a.py").write_text("1")
     git("add", ".")
     git("commit", "-qm", "first")
-    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     for name in ("results/cpu.jsonl", "RESULTS.md", "PAPER.md", "paper.svg"):
         (tmp_path / "benchmarks" / name).write_text("")
     commit, dirty = runner.git_state(tmp_path)
     assert len(commit) == 40 and not dirty
-    (tmp_path / "a.py").write_text("2")
+    (tmp_path / "benchmarks" / "a.py").write_text("2")
     assert runner.git_state(tmp_path) == (commit, True)
 
 

@@ -90,6 +90,10 @@ def test_defaults_are_the_papers(write):
         ("teachers: [{name: a, path: c, weight: 0}]", "teachers.0.weight: Input should be greater than 0, got 0"),
         ("teachers: [{name: a, responses: 5}]", "teachers.0.responses: expected a path, got 5"),
         (
+            "teachers: [{name: a, path: 'tiny:nobody'}]",
+            "teachers.0.path: got 'tiny:nobody', no tiny teacher, expected tiny:qwen_teacher, tiny:internvl_teacher or",
+        ),
+        (
             "teachers: [{name: a, path: 'tiny:student'}]",
             "teachers.0.path: got 'tiny:student', no tiny teacher, expected tiny:qwen_teacher, tiny:internvl_teacher ",
         ),
